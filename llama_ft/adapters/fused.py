@@ -1,0 +1,117 @@
+"""LoRA as one autograd function per input: y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ for all projections that read the same x.
+
+PEFT's own forward makes three products, two sums and a scaling per projection, and keeps every intermediate. Here
+q/k/v (and gate/up) share one product with the base, one with the stacked A, and their B are added in place; backward
+keeps x and x·Aᵀ only. PEFT still owns the parameters: this only computes with them. Where the formula does not hold
+(DoRA, dropout in training, several adapters, a trainable or quantised base), PEFT's forward runs instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from llama_ft.llama.projections import is_bare, project, project_each
+
+
+class _FusedLora(torch.autograd.Function):
+    """Inputs: x [N, in], stacked W [out, in] (frozen), scale, then A₁ [r₁, in], B₁ [out₁, r₁], A₂, B₂ …"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: float, *factors: Tensor) -> Tensor:
+        downs, ups = factors[0::2], factors[1::2]
+        stacked = downs[0] if len(downs) == 1 else torch.cat(downs)
+        low = F.linear(x, stacked.to(x.dtype))
+        y = F.linear(x, weight)
+        for out, part, up in zip(*_columns(y, low, ups), ups, strict=True):
+            out.addmm_(part, up.to(x.dtype).t(), alpha=scale)
+        ctx.scale = scale
+        ctx.save_for_backward(x, low, weight, *factors)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, low, weight, *factors = ctx.saved_tensors
+        downs, ups = factors[0::2], factors[1::2]
+        grad_low = torch.empty_like(low)
+        grad_ups = []
+        columns = zip(*_columns(grad, low, ups), _columns(grad, grad_low, ups)[1], ups, strict=True)
+        for grad_out, part, grad_part, up in columns:
+            torch.mm(grad_out, up.to(grad.dtype), out=grad_part)
+            grad_ups.append((grad_out.t() @ part).to(up.dtype).mul_(ctx.scale))
+        grad_low.mul_(ctx.scale)
+        stacked = downs[0] if len(downs) == 1 else torch.cat(downs)
+        grad_stacked = (grad_low.t() @ x).to(stacked.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:  # not below the lowest adapter
+            grad_x = (grad @ weight).addmm_(grad_low, stacked.to(grad.dtype))
+        grad_downs = grad_stacked.split([down.shape[0] for down in downs])
+        pairs = zip(grad_downs, grad_ups, strict=True)
+        return grad_x, None, None, *(gradient for pair in pairs for gradient in pair)
+
+
+def _columns(wide: Tensor, low: Tensor, ups: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The columns of each projection in the stacked output [N, Σ out] and in the stacked low rank [N, Σ r]."""
+    return wide.split([up.shape[0] for up in ups], dim=1), low.split([up.shape[1] for up in ups], dim=1)
+
+
+def can_fuse(linear: nn.Module) -> bool:
+    """Whether the formula above is what this module computes."""
+    if not isinstance(linear, LoraLinear) or linear.disable_adapters or linear.merged:
+        return False
+    if len(linear.active_adapters) != 1 or (name := linear.active_adapters[0]) not in linear.lora_A:
+        return False
+    base = linear.get_base_layer()
+    dropout = linear.lora_dropout[name]
+    return (
+        is_bare(base)
+        and base.bias is None
+        and not base.weight.requires_grad
+        and type(linear).forward is LoraLinear.forward
+        and name not in linear.lora_variant  # DoRA and its kin change the formula
+        and linear.lora_A[name].bias is None
+        and linear.lora_B[name].bias is None
+        and (isinstance(dropout, nn.Identity) or not dropout.training)
+    )
+
+
+def fused_project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+    """Fills the model's projection seam: fused where every module allows it, else exactly what PEFT computes."""
+    if not any(isinstance(linear, LoraLinear) for linear in linears):
+        return project(x, linears)
+    if not all(can_fuse(linear) for linear in linears):
+        return project_each(x, linears)
+    names = [linear.active_adapters[0] for linear in linears]
+    scales = {linear.scaling[name] for linear, name in zip(linears, names, strict=True)}
+    if len(scales) != 1 or x.dtype != linears[0].get_base_layer().weight.dtype:
+        return project_each(x, linears)
+    factors = []
+    for linear, name in zip(linears, names, strict=True):
+        factors += [linear.lora_A[name].weight, linear.lora_B[name].weight]
+    weights = [linear.get_base_layer().weight for linear in linears]
+    return _FusedLora.apply(x, _stacked(weights), scales.pop(), *factors)
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    """[Σ out, in]: without a copy when the weights already lie one after the other (see `stack_frozen`)."""
+    if len(weights) == 1:
+        return weights[0]
+    first = weights[0]
+    expected = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != expected or not weight.is_contiguous():
+            return torch.cat(list(weights))
+        expected += weight.numel() * weight.element_size()
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+
+
+def stack_frozen(linears: Sequence[nn.Linear]) -> None:
+    """Lays frozen weights one after the other in one storage; each stays a parameter of its own, now a view."""
+    stacked = torch.cat([linear.weight.data for linear in linears])
+    for linear, part in zip(linears, stacked.split([linear.weight.shape[0] for linear in linears]), strict=True):
+        linear.weight.data = part

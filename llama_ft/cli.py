@@ -1,0 +1,141 @@
+"""The commands. Each is a thin call into one folder; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_ft.errors import user_facing
+
+app = typer.Typer(
+    name="llama-ft",
+    help="One-page recipes that tune a LLaMA and prove what they export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=1e-4.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def recipes(debug: Debug = False) -> None:
+    """List the shipped recipes."""
+    with user_facing(debug=debug):
+        from llama_ft.recipe.commands import print_catalog
+
+        print_catalog()
+
+
+@app.command()
+def validate(
+    args: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Recipes, then overrides.")],
+    debug: Debug = False,
+) -> None:
+    """Report every mistake of one or more recipes at once; exit 0 or 2."""
+    with user_facing(debug=debug):
+        from llama_ft.recipe.commands import validate_recipes
+
+        validate_recipes(args)
+
+
+@app.command()
+def show(recipe: RecipeArg, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Print the resolved recipe, each value with where it came from."""
+    with user_facing(debug=debug):
+        from llama_ft.recipe.commands import print_resolved
+
+        print_resolved(recipe, overrides or [])
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from llama_ft.recipe.commands import print_schema
+
+    print_schema()
+
+
+@app.command()
+def preview(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    limit: Annotated[int, typer.Option(min=1, help="Documents to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per document, nothing else on stdout.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the model will see: tokens coloured by loss, and dropped rows with reasons."""
+    with user_facing(debug=debug):
+        from llama_ft.data.preview import preview_recipe
+
+        preview_recipe(recipe, overrides or [], limit=limit, as_json=as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
+    allow: Annotated[list[str] | None, typer.Option(help="Accept a preflight fault by name.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train, merge and prove: `accelerate launch … -m llama_ft.train` with the recipe's launch config."""
+    with user_facing(debug=debug):
+        from llama_ft.train.launch import launch
+
+        flags = [*(["--resume"] if resume else []), *(["--overwrite"] if overwrite else [])]
+        flags += [flag for name in allow or [] for flag in ("--allow", name)] + (["--debug"] if debug else [])
+        raise SystemExit(launch(recipe, overrides or [], flags))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], debug: Debug = False
+) -> None:
+    """Merge a run's adapter into its base and prove the result equal to what was trained."""
+    with user_facing(debug=debug):
+        from llama_ft.export.run import export_run
+
+        export_run(run)
+
+
+@app.command()
+def chat(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a base name.")],
+    once: Annotated[str | None, typer.Option(help="Answer one question and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a run or a model in the terminal."""
+    with user_facing(debug=debug):
+        from llama_ft.serve.chat import chat as start_chat
+
+        start_chat(
+            source, once=once, system=system, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
+        )
+
+
+def main() -> None:
+    """Entry point of `llama-ft`. Ctrl-C outside of a training run ends quietly with 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Cards: what a data set is and where its rows come from, one YAML file each in `datasets/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, StrictInt, StrictStr, Tag, ValidationError
+
+from llama_ft.errors import UserError, did_you_mean, nearest
+from llama_ft.paths import find_file, shipped_root
+from llama_ft.recipe.nodes import Findings, Items, Map, Mark, Node, Source, plain
+from llama_ft.recipe.schema import Layout, Section, Text
+from llama_ft.recipe.yaml_reader import read_file
+
+
+class Files(Section):
+    """Rows in files that stand beside the card."""
+
+    files: Annotated[dict[StrictStr, Text], Field(min_length=1)]
+    """Split name -> path, relative to the card."""
+
+
+class Hub(Section):
+    """Rows of a data set on the Hugging Face hub."""
+
+    hub: Text
+    """Repository id, owner/name."""
+    revision: Text | None = None
+    """Commit, tag or branch; null takes the hub's default."""
+    config: Text | None = None
+    """Configuration name, for a repository that has several."""
+    splits: Annotated[dict[StrictStr, Text], Field(min_length=1)] = {"train": "train"}
+    """Split name in a recipe -> split name on the hub."""
+
+
+def _kind(source: Any) -> str:
+    return "files" if isinstance(source, dict) and "files" in source else "hub"
+
+
+class Card(Section):
+    """A data set: its layout, its source, its licence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: Text
+    """The name a recipe uses; the card's file is called the same."""
+    title: Text
+    """One line for people."""
+    layout: Layout
+    """How a raw row is shaped."""
+    source: Annotated[Annotated[Files, Tag("files")] | Annotated[Hub, Tag("hub")], Discriminator(_kind)]
+    """Where the rows come from."""
+    columns: dict[StrictStr, Text] | None = None
+    """Renames: the layout's own key -> the column of this data set."""
+    licence: Text | None = None
+    """Licence as the publisher states it."""
+    homepage: Text | None = None
+    """Where the publisher describes it."""
+    description: Text | None = None
+    """What is in it, in a few sentences."""
+    rows: dict[StrictStr, StrictInt] | None = None
+    """Rows per split, as published."""
+    _path: Path = PrivateAttr(default=Path())
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits a recipe can ask for."""
+        return list(self.source.files if isinstance(self.source, Files) else self.source.splits)
+
+    def check_split(self, split: str, *, key: str | None = None) -> None:
+        """Raises :class:`UserError` for a split that the card does not have."""
+        if split not in self.splits:
+            what = f"the card '{self.name}' has no split '{split}'"
+            raise UserError(what, key=key, hint=did_you_mean(split, self.splits, kind="splits"))
+
+    def file(self, split: str) -> Path:
+        """Absolute path of a split's file; only for a card with files."""
+        assert isinstance(self.source, Files)
+        return (self._path.parent / Path(self.source.files[split]).expanduser()).resolve()
+
+
+def load_card(use: str, *, key: str | None = None) -> Card:
+    """Reads the card that `data[].use` names: a shipped card's name, or the path of a YAML file.
+
+    Raises :class:`UserError` with every mistake of the card at its file:line:column, or with the nearest card's name.
+    """
+    path = _find(use)
+    if path is None:
+        names = sorted(entry.stem for entry in (shipped_root() / "datasets").glob("*.yaml"))
+        raise UserError(f"no such card '{use}'", key=key, hint=did_you_mean(use, names, kind="cards"))
+    findings = Findings()
+    source = Source(str(path), 0, path.parent)
+    tree = read_file(path, source, findings)
+    findings.raise_if_any()
+    assert tree is not None
+    try:
+        card = Card.model_validate(plain(tree))
+    except ValidationError as error:
+        for detail in error.errors():
+            _note(tree, detail, findings)
+        findings.raise_if_any()
+        raise
+    card._path = path
+    return card
+
+
+def _find(use: str) -> Path | None:
+    if Path(use).suffix in (".yaml", ".yml"):
+        return find_file(use)
+    shipped = shipped_root() / "datasets" / f"{use}.yaml"
+    return shipped if shipped.is_file() else None
+
+
+def _note(tree: Map, detail: Any, findings: Findings) -> None:
+    """One pydantic error as a problem at the place of its key."""
+    loc = [str(part) for part in detail["loc"] if part not in ("[key]",)]
+    if len(loc) > 1 and loc[0] == "source" and loc[1] in ("files", "hub"):
+        del loc[1]  # the union's tag, not a key
+    mark, depth = _mark(tree, loc)
+    name = ".".join(loc)
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        valid = {"source": [*Files.model_fields, *Hub.model_fields]}.get(loc[0] if depth > 1 else "", list(Card.model_fields))
+        match = nearest(loc[-1], valid)
+        hint = f"did you mean '{match}'?" if match else f"keys here: {', '.join(valid)}"
+        findings.add(mark, "unknown key", key=name, hint=hint)
+    elif kind == "missing":
+        findings.add(mark, "is missing", key=name, hint="every card needs it")
+    else:
+        hint = f"expected: {detail['msg']}"
+        if kind == "literal_error":
+            hint = f"expected one of {detail['ctx']['expected']}"
+        findings.add(mark, "has the wrong value", key=name, hint=hint)
+
+
+def _mark(node: Node, loc: list[str]) -> tuple[Mark, int]:
+    """The deepest place that a location path reaches, and how many keys deep the path is."""
+    mark = node.mark
+    for part in loc:
+        if isinstance(node, Map) and part in node.entries:
+            mark, node = node.entries[part].mark, node.entries[part].node
+        elif isinstance(node, Items) and part.isdigit() and int(part) < len(node.items):
+            node = node.items[int(part)]
+            mark = node.mark
+        else:
+            break
+    return mark, len(loc)

@@ -1,0 +1,78 @@
+"""A base model in memory: our LLaMA with the weights of a local folder, in the type the machine computes best in."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from llama_ft.errors import UserError
+from llama_ft.llama.model import LlamaForCausalLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_config(folder: Path, rope_scaling: dict | None = None) -> LlamaConfig:
+    """The folder's config. UserError if it is another architecture: its weights would load and answer nonsense."""
+    import json
+
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if found != "llama":
+        raise UserError(
+            f"{folder} holds a model of type '{found}', not 'llama'",
+            key="model.base",
+            hint="name a LLaMA: Llama 1 to 3, Code Llama, TinyLlama, SmolLM2, Vicuna …",
+        )
+    config = LlamaConfig.from_pretrained(folder)
+    if rope_scaling is not None:
+        config.rope_parameters = {**config.rope_parameters, **rope_scaling}
+    return config
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, *, compute_dtype: torch.dtype | None = None, rope_scaling: dict | None = None
+) -> LlamaForCausalLM:
+    """Our LLaMA with the folder's weights rounded to `dtype`, held in `compute_dtype` (None: the same)."""
+    model, report = LlamaForCausalLM.from_pretrained(
+        folder,
+        config=load_config(folder, rope_scaling),
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    faults = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(faults.values()):
+        found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, v[:3]))}" for kind, v in faults.items() if v)
+        raise UserError(f"the weights in {folder} do not fit its config: {found}", key="model.base")
+    return model if compute_dtype in (None, dtype) else model.to(compute_dtype)
+
+
+def choose_compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to hold weights rounded to `dtype` in, and to multiply in.
+
+    A GPU multiplies in `dtype`. Among CPUs some multiply bfloat16 at twice the speed of float32 and some at half of
+    it, whatever their flags say; so both are timed (0.1 s) and float32, which holds every 16-bit value exactly, is
+    taken unless bfloat16 is clearly faster. float16 is near zero speed on a CPU and never used there.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    if dtype == torch.float16:
+        return torch.float32
+    rates = {candidate: gemm_rate(candidate) for candidate in (torch.float32, torch.bfloat16)}
+    return torch.bfloat16 if rates[torch.bfloat16] > 1.15 * rates[torch.float32] else torch.float32
+
+
+def gemm_rate(dtype: torch.dtype, shape: tuple[int, int, int] = (1024, 1536, 576), repeats: int = 5) -> float:
+    """FLOP/s of the fastest of some matrix products [m, k] · [n, k]ᵀ on the CPU (the fastest: noise only slows)."""
+    m, n, k = shape
+    x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        nn.functional.linear(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return 2 * m * n * k / best

@@ -1,0 +1,309 @@
+"""LLaMA: a decoder of pre-normalised blocks, h ← h + Attention(RMSNorm(h)), h ← h + SwiGLU(RMSNorm(h)).
+
+Papers: LLaMA 2302.13971, Llama 2 2307.09288, Llama 3 2407.21783. A `PreTrainedModel` with Hugging Face's parameter
+names and config, so that PEFT, TRL, accelerate, generate and every server see an ordinary LLaMA, and a forward of our
+own: tokens of all documents lie end to end as [N, hidden], without padding, and labels never cost a logit too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from llama_ft.llama.attention import Cached, Heads, Packed
+from llama_ft.llama.head import IGNORE, linear_cross_entropy, linear_cross_entropy_plain, shift_labels
+from llama_ft.llama.ops import rms_norm, swiglu
+from llama_ft.llama.projections import Project, project
+from llama_ft.llama.rope import RotaryEmbedding
+
+
+class LlamaRMSNorm(nn.Module):
+    """Scales each row to unit root mean square, then by a learnt weight."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention: H query heads share KV key/value heads."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        heads = heads_of(config)
+        self.layer = layer
+        self.project: Project = project
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads.query * heads.dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, heads.key_value * heads.dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, heads.key_value * heads.dim, bias=bias)
+        self.o_proj = nn.Linear(heads.query * heads.dim, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, context: Packed | Cached) -> Tensor:
+        qkv = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
+        return self.project(context.attend(qkv, self.layer), (self.o_proj,))
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.project: Project = project
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(swiglu(self.project(x, (self.gate_proj, self.up_proj))), (self.down_proj,))
+
+
+class LlamaDecoderLayer(GradientCheckpointingLayer):
+    """One block; x [N, hidden] → [N, hidden]."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Packed | Cached) -> Tensor:
+        # Both products are fresh and nothing keeps them, so the residual may be added in place.
+        x = self.self_attn(self.input_layernorm(x), context).add_(x)
+        return self.mlp(self.post_attention_layernorm(x)).add_(x)
+
+
+def heads_of(config: LlamaConfig) -> Heads:
+    """Head counts and size of a config; `head_dim` defaults to hidden_size / heads."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Heads(config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads, dim)
+
+
+class LlamaPreTrainedModel(PreTrainedModel):
+    """What both classes tell transformers about themselves."""
+
+    config: LlamaConfig
+    config_class = LlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 (transformers' own convention)
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LlamaRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies(module.inv_freq.device)[0])
+
+
+class LlamaModel(LlamaPreTrainedModel):
+    """Embeddings, blocks and the last norm."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.heads = heads_of(config)
+        self.fast = True
+        """False selects the plain twins of attention and loss head (tests compare the two)."""
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def set_project(self, project: Project) -> None:
+        """Fills the seam: every projection goes through `project` from now on."""
+        for layer in self.layers:
+            layer.self_attn.project = layer.mlp.project = project
+
+    def run(self, x: Tensor, context: Packed | Cached) -> Tensor:
+        """Blocks and last norm over x [N, hidden]."""
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x)
+
+    def forward_packed(self, x: Tensor, positions: Tensor, bounds: Sequence[int]) -> Tensor:
+        """x [N, hidden] of documents that end at bounds[1:], positions [N] → last hidden state [N, hidden]."""
+        cos, sin = self.rotary_emb(positions, x.dtype)
+        return self.run(x, Packed(bounds, cos, sin, self.heads, fast=self.fast))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, L, hidden] of input_ids [B, L] (or inputs_embeds [B, L, hidden]).
+
+        Without a cache, documents are told apart by `cu_seqlens` ([documents + 1], with B = 1), else by the zeros of
+        position_ids [B, L]; rows of a batch are documents of their own; attention_mask [B, L] marks padding with 0,
+        which is taken out before and returned as zeros. A cache is used only when asked for.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [B, L], got {list(attention_mask.shape)}")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None or use_cache:
+            cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
+            hidden = self._forward_cached(embeds, attention_mask, position_ids, cache)
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        batch, length = embeds.shape[:2]
+        packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device)
+        hidden = self.forward_packed(packing.take(embeds), packing.positions, packing.bounds)
+        return BaseModelOutputWithPast(last_hidden_state=packing.put_back(hidden))
+
+    def _forward_cached(
+        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache
+    ) -> Tensor:
+        batch, length = embeds.shape[:2]
+        past = int(cache.get_seq_length())
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=embeds.device).expand(batch, -1)
+        cos, sin = self.rotary_emb(position_ids.expand(batch, -1).flatten(), embeds.dtype)
+        mask = attention_mask
+        if mask is not None:
+            mask = mask[:, : past + length]
+            mask = None if bool(mask.all()) else mask
+        context = Cached(cache, batch, cos, sin, self.heads, past, mask)
+        return self.run(embeds.flatten(0, 1), context).unflatten(0, (batch, length))
+
+
+class Packing:
+    """How a batch [B, L] lies as N tokens without padding: which tokens, their positions, where documents end."""
+
+    def __init__(self, shape: tuple[int, int], keep: Tensor | None, positions: Tensor, bounds: list[int]):
+        self.shape, self.keep, self.positions, self.bounds = shape, keep, positions, bounds
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        length: int,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Sequence[int] | Tensor | None,
+        device: torch.device,
+    ) -> Packing:
+        """Reads the layout off whatever the caller gave; see LlamaModel.forward. One host sync at most."""
+        keep = None
+        if cu_seqlens is not None:
+            bounds = [int(bound) for bound in cu_seqlens]
+            if bounds[0] != 0 or bounds[-1] != batch * length or any(b <= a for a, b in pairwise(bounds)):
+                raise ValueError(f"cu_seqlens must rise from 0 to {batch * length}, got {bounds}")
+        elif mask is not None and not bool(mask.all()):
+            keep = mask.flatten().nonzero().squeeze(-1)
+            bounds = [0, *accumulate(count for count in mask.sum(-1).tolist() if count)]
+        else:
+            bounds = list(range(0, batch * length + 1, length))
+            if position_ids is not None:
+                starts = (position_ids.expand(batch, -1).flatten() == 0).nonzero().squeeze(-1).tolist()
+                bounds = sorted({*bounds, *starts})
+        if position_ids is not None:
+            positions = position_ids.expand(batch, -1).flatten()
+            positions = positions if keep is None else positions[keep]
+        else:
+            positions = torch.cat([torch.arange(b - a, device=device) for a, b in pairwise(bounds)])
+        return cls((batch, length), keep, positions, bounds)
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """[B, L, …] → [N, …]"""
+        tokens = tokens.flatten(0, 1)
+        return tokens if self.keep is None else tokens[self.keep]
+
+    def put_back(self, tokens: Tensor) -> Tensor:
+        """[N, …] → [B, L, …], padding as zeros."""
+        if self.keep is not None:
+            full = tokens.new_zeros(self.shape[0] * self.shape[1], *tokens.shape[1:])
+            tokens = full.index_copy(0, self.keep, tokens)
+        return tokens.unflatten(0, self.shape)
+
+
+class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
+    """LLaMA with its language-model head, tied to the embedding where the config says so."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' convention)
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, L or logits_to_keep, V]; or, with labels [B, L] (−100 = no loss), the loss and no logits.
+
+        The loss is the sum over labelled tokens divided by `num_items_in_batch` (all labelled tokens of a global
+        batch, so that accumulation does not change it), or by their own number when that is not given.
+        """
+        if labels is not None:
+            if past_key_values is not None:
+                raise ValueError("a loss is computed without a cache")
+            return CausalLMOutputWithPast(
+                loss=self.loss(
+                    input_ids, labels, attention_mask, position_ids, inputs_embeds, cu_seqlens, num_items_in_batch
+                )
+            )
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cu_seqlens
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+
+    def loss(
+        self,
+        input_ids: Tensor | None,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats per labelled token, a float32 scalar; 0 with a gradient of 0 when nothing is labelled."""
+        embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        packing = Packing.of(*labels.shape, attention_mask, position_ids, cu_seqlens, embeds.device)
+        targets = shift_labels(packing.take(labels), packing.bounds)
+        labelled = (targets != IGNORE).nonzero().squeeze(-1)
+        hidden = self.model.forward_packed(packing.take(embeds), packing.positions, packing.bounds)
+        cross_entropy = linear_cross_entropy if self.model.fast else linear_cross_entropy_plain
+        total = cross_entropy(hidden[labelled], self.lm_head.weight, targets[labelled])
+        return total / (max(len(labelled), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -1,0 +1,35 @@
+"""The one seam for matrix products: every projection of every layer goes through `project(x, linears)`.
+
+`adapters` fills it with a fused LoRA product; the default below is the plain one. Linears that read the same input
+(q/k/v, gate/up) are handed over together and answered side by side, so that one GEMM can serve them all while the
+parameters keep their own names for PEFT and for exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Project = Callable[[Tensor, Sequence[nn.Module]], Tensor]
+
+
+def is_bare(linear: nn.Module) -> bool:
+    """Whether the weight may be read directly: a plain nn.Linear that no engine (ZeRO-3, offload) must fill first."""
+    return type(linear) is nn.Linear and not linear._forward_pre_hooks and not linear._forward_hooks
+
+
+def project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+    """x [N, in] through each of `linears`, results side by side: [N, Σ out]."""
+    if len(linears) == 1:
+        return linears[0](x)
+    if all(is_bare(linear) and linear.bias is None for linear in linears):
+        return F.linear(x, torch.cat([linear.weight for linear in linears]))
+    return project_each(x, linears)
+
+
+def project_each(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+    """The same by calling each module: right for any module, one product each."""
+    return torch.cat([linear(x) for linear in linears], dim=-1)

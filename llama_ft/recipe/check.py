@@ -1,0 +1,194 @@
+"""Combinations that cannot work, each a small function that reports what is wrong, where, and what to do.
+
+A check that meets a key without a value (wrong, missing, unreadable parent) is skipped; the others still run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llama_ft.errors import did_you_mean
+from llama_ft.recipe.launchers import Launcher
+from llama_ft.recipe.lookup import SHIPPED_BASE
+from llama_ft.recipe.schema import TRAINABLE, TRAINABLE_METHODS
+from llama_ft.recipe.view import Unknown, View
+from llama_ft.recipe.words import one_line
+
+CANNOT_PACK = ("reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo")
+"""Objectives whose documents are compared with each other: one at a time in a row."""
+PREFERENCE = ("reward", "dpo", "kto", "orpo", "simpo")
+"""Objectives on pairs or judged answers, which lose their meaning when cut."""
+PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head",
+)  # fmt: skip
+"""What an adapter can sit on in a LLaMA, by HF's parameter names."""
+CONTEXT = {SHIPPED_BASE: 8192}
+"""Longest document a base was trained for, where it is known without loading it (SmolLM2's config.json)."""
+
+
+def check(view: View, launcher: Launcher | None) -> None:
+    """Reports every impossible combination of a recipe. `launcher` is None when the launch config is unreadable."""
+    for rule in RULES:
+        _skip_unknown(lambda rule=rule: rule(view))
+    for key in view.sources():
+        for source_rule in SOURCE_RULES:
+            _skip_unknown(lambda rule=source_rule, key=key: rule(view, key))
+    if launcher is not None:
+        _skip_unknown(lambda: float16_on_cpu(view, launcher))
+
+
+def _skip_unknown(rule: Callable[[], None]) -> None:
+    try:
+        rule()
+    except Unknown:
+        return
+
+
+def objective_is_trainable(view: View) -> None:
+    objective = view.value("training.objective")
+    if objective not in TRAINABLE:
+        view.wrong(
+            "training.objective", f"this version cannot train {objective} yet", f"it trains {', '.join(TRAINABLE)}"
+        )
+
+
+def method_is_trainable(view: View) -> None:
+    method = view.value("adapter.method")
+    if method not in TRAINABLE_METHODS:
+        hint = f"it trains {', '.join(TRAINABLE_METHODS)}"
+        view.wrong("adapter.method", f"this version cannot train {method} yet", hint)
+
+
+def float16_on_cpu(view: View, launcher: Launcher) -> None:
+    """float16 arithmetic on a CPU runs at nearly no speed at all, with any method."""
+    if launcher.use_cpu and view.value("model.dtype") == "float16":
+        method = view.value("adapter.method")
+        what = f"{method} with float16 cannot run on a CPU, which the launch config asks for"
+        view.wrong("model.dtype", what, "write bfloat16 or float32, or another launch config")
+
+
+def full_has_no_adapter(view: View) -> None:
+    if view.value("adapter.method") != "full":
+        return
+    for name in ("r", "alpha", "dropout", "targets"):
+        if view.stated(f"adapter.{name}"):
+            what = f"{name} belongs to lora and qlora, method: full trains every weight"
+            view.wrong(f"adapter.{name}", what, f"remove it, or write {name}: null where a parent sets it")
+
+
+def targets_exist(view: View) -> None:
+    targets = view.value("adapter.targets")
+    for number, name in enumerate(targets if isinstance(targets, list) else []):
+        if name not in PROJECTIONS:
+            what = f"a LLaMA has no projection '{one_line(name)}'"
+            view.wrong(f"adapter.targets.{number}", what, did_you_mean(name[:100].lower(), PROJECTIONS))
+
+
+def packing_fits_objective(view: View) -> None:
+    objective = view.value("training.objective")
+    if objective in CANNOT_PACK and view.value("sequence.packing"):
+        key = "sequence.packing" if view.stated("sequence.packing") else "training.objective"
+        view.wrong(key, f"{objective} cannot pack, its documents stand alone", "write sequence: {packing: false}")
+
+
+def split_fits_objective(view: View) -> None:
+    objective = view.value("training.objective")
+    if objective in PREFERENCE and view.value("sequence.overlong") == "split":
+        what = f"{objective} compares whole answers, which cannot be split"
+        view.wrong("sequence.overlong", what, "write drop or truncate")
+
+
+def max_length_fits_base(view: View) -> None:
+    base, length = view.value("model.base"), view.value("sequence.max_length")
+    if base in CONTEXT and length > CONTEXT[base] and view.value("model.rope_scaling") is None:
+        what = f"{length} tokens are more than {base} can read, {CONTEXT[base]}"
+        view.wrong("sequence.max_length", what, f"write {CONTEXT[base]} or less, or set model.rope_scaling")
+
+
+def preset_names_a_tokenizer(view: View) -> None:
+    base = view.value("model.base")
+    if base.startswith("preset:") and view.value("model.tokenizer") is None:
+        view.wrong("model.base", f"{base} has no tokenizer of its own", f"add model.tokenizer, e.g. {SHIPPED_BASE}")
+
+
+def revision_is_of_the_hub(view: View) -> None:
+    base = view.value("model.base")
+    if view.value("model.revision") is not None and (base == SHIPPED_BASE or base.startswith(("preset:", "/"))):
+        view.wrong("model.revision", f"{one_line(base)} is not on the hub and has no revisions", "remove revision")
+
+
+def warmup_ends(view: View) -> None:
+    warmup, steps = view.value("training.warmup"), view.value("training.max_steps")
+    if warmup >= 1 and warmup != int(warmup):
+        view.wrong(
+            "training.warmup",
+            f"{warmup} is neither a share below 1 nor a whole number of steps",
+            f"write {round(warmup)}",
+        )
+    elif warmup >= 1 and steps is not None and warmup >= steps:
+        what = f"warm-up takes {warmup} steps, training stops after {steps}"
+        key = "training.warmup" if view.stated("training.warmup") else "training.max_steps"
+        view.wrong(key, what, "write fewer steps, or a share such as 0.03")
+
+
+def micro_batch_divides(view: View) -> None:
+    whole, part = view.value("training.global_batch"), view.value("training.micro_batch")
+    if part == "auto" or view.value("training.objective") == "pretrain" or whole % part == 0:
+        return
+    near = max(size for size in range(1, min(part, whole) + 1) if whole % size == 0)
+    what = f"a global batch of {whole} documents cannot be made of micro-batches of {part}"
+    view.wrong("training.micro_batch", what, f"write {near}, or auto")
+
+
+def some_source_weighs(view: View) -> None:
+    keys = [key for key in view.sources() if key.startswith("data.")]
+    if keys and all(view.value(f"{key}.weight") == 0 for key in keys):
+        view.wrong("data", "every source has weight 0, there is nothing to train on", "give one a weight above 0")
+
+
+def source_is_named(view: View, key: str) -> None:
+    use, path, layout = (view.value(f"{key}.{name}") for name in ("use", "path", "layout"))
+    if use is None and path is None:
+        view.wrong(
+            key, "a source needs use (a card) or path (a file)", "add use: NAME, or path and layout", of_value=True
+        )
+    elif use is None and layout is None:
+        view.wrong(f"{key}.path", "path without use needs a layout", "add layout: alpaca, messages, …")
+    elif use is not None and layout is not None:
+        view.wrong(f"{key}.layout", "the card that use names has its own layout", "remove layout, or use")
+
+
+def split_has_a_card(view: View, key: str) -> None:
+    if view.value(f"{key}.use") is None and view.value(f"{key}.split") != "train":
+        view.wrong(f"{key}.split", "a file has no splits, only a card has", "remove split, or add use")
+
+
+def layout_fits_objective(view: View, key: str) -> None:
+    objective, layout = view.value("training.objective"), view.value(f"{key}.layout")
+    if layout is None:
+        return
+    if objective == "sft" and layout == "preference":
+        view.wrong(
+            f"{key}.layout", "sft cannot train on preference rows", "dpo and its kin do; sft takes conversations"
+        )
+    if objective == "pretrain" and layout != "text":
+        view.wrong(
+            f"{key}.layout", f"pretrain reads layout text, not {layout}", "write layout: text, or objective: sft"
+        )
+
+
+RULES: tuple[Callable[[View], None], ...] = (
+    objective_is_trainable,
+    method_is_trainable,
+    full_has_no_adapter,
+    targets_exist,
+    packing_fits_objective,
+    split_fits_objective,
+    max_length_fits_base,
+    preset_names_a_tokenizer,
+    revision_is_of_the_hub,
+    warmup_ends,
+    micro_batch_divides,
+    some_source_weighs,
+)
+SOURCE_RULES: tuple[Callable[[View, str], None], ...] = (source_is_named, split_has_a_card, layout_fits_objective)

@@ -1,0 +1,92 @@
+"""The schema seen from outside: every field with the type it takes, and which dotted key belongs to which section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from llama_ft.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a section: its full type (`Annotated`, a union, …), its default, its docstring."""
+
+    name: str
+    type: Any
+    required: bool
+    default: Any
+    description: str
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """The alternatives of the type, each without its constraints and without None."""
+        return tuple(_bare(member) for member in _alternatives(self.type) if member is not NoneType)
+
+    @property
+    def model(self) -> type[BaseModel] | None:
+        """The section that a map at this key is, if a map can stand here."""
+        return next((m for m in self.members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+
+    @property
+    def takes_any_map(self) -> bool:
+        """Whether a map with free keys stands here (`rope_scaling`)."""
+        return any(get_origin(member) is dict for member in self.members)
+
+    @property
+    def item(self) -> Field | None:
+        """What one entry of a list at this key is, if a list can stand here."""
+        for member in self.members:
+            if get_origin(member) is list:
+                return Field(self.name, get_args(member)[0], True, None, self.description)
+        return None
+
+
+def _bare(annotation: Any) -> Any:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return annotation
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    bare = _bare(annotation)
+    return get_args(bare) if get_origin(bare) in (Union, UnionType) else (bare,)
+
+
+@cache
+def fields_of(model: type[BaseModel]) -> dict[str, Field]:
+    """The keys of a section, in the order of the schema."""
+    fields = {}
+    for name, info in model.model_fields.items():
+        whole = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+        default = None if info.default is PydanticUndefined else info.default
+        fields[name] = Field(name, whole, info.is_required(), default, " ".join((info.description or "").split()))
+    return fields
+
+
+@cache
+def section_models() -> dict[str, type[BaseModel]]:
+    """Every section by its dotted key: `""` the recipe itself, `training`, `data.0`, `eval_data`, `eval_data.0`, …"""
+    sections: dict[str, type[BaseModel]] = {"": Recipe}
+    for name, field in fields_of(Recipe).items():
+        if field.model is not None:
+            sections[name] = field.model
+        item = field.item
+        if item is not None and item.model is not None:
+            sections[f"{name}.0"] = item.model
+    return sections
+
+
+def leaves() -> Iterator[tuple[str, Field]]:
+    """Every key with a value of its own, dotted; entries of lists as number 0."""
+    for section, model in section_models().items():
+        for name, field in fields_of(model).items():
+            key = f"{section}.{name}" if section else name
+            if field.model is None and not (field.item and field.item.model):
+                yield key, field

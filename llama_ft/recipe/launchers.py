@@ -1,0 +1,56 @@
+"""What a launch config (accelerate's YAML) says about the machine, as far as a recipe needs to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ft.errors import Problem
+from llama_ft.recipe.nodes import Findings, Source, plain
+from llama_ft.recipe.yaml_reader import read_file
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The machine a launch config asks for. `processes` counts devices over all machines."""
+
+    use_cpu: bool
+    processes: int
+    engine: str
+
+    @property
+    def hardware(self) -> str:
+        """In words for a list: `CPU`, `1 GPU`, `4 GPUs, FSDP2`."""
+        device = "CPU" if self.use_cpu else "GPU" if self.processes == 1 else "GPUs"
+        count = device if self.use_cpu and self.processes == 1 else f"{self.processes} {device}"
+        return f"{count}, {self.engine}" if self.engine else count
+
+
+def read_launcher(path: Path) -> Launcher | list[Problem]:
+    """The launch config at `path`, or what is wrong with the file. accelerate itself checks the rest of its keys."""
+    findings = Findings()
+    tree = read_file(path, Source(str(path), 0, path.parent), findings)
+    if tree is None or findings.found:
+        return findings.problems()
+    config = plain(tree)
+    kind = config.get("distributed_type")
+    if not isinstance(kind, str):
+        hint = "see accelerate_configs/cpu.yaml, or let `accelerate config` write one"
+        return [Problem("is no launch config: distributed_type is missing", f"{path}:1:1", "distributed_type", hint)]
+    processes = config.get("num_processes", 1)
+    count = processes if isinstance(processes, int) and processes > 0 else 1
+    return Launcher(config.get("use_cpu") is True, count, _engine(kind, config))
+
+
+def _engine(kind: str, config: dict[str, Any]) -> str:
+    def section(name: str) -> dict[str, Any]:
+        value = config.get(name)
+        return value if isinstance(value, dict) else {}
+
+    if kind == "FSDP":
+        return "FSDP2" if section("fsdp_config").get("fsdp_version") == 2 else "FSDP"
+    if kind == "DEEPSPEED":
+        stage = section("deepspeed_config").get("zero_stage")
+        return f"ZeRO-{stage}" if stage is not None else "DeepSpeed"
+    return {"NO": "", "MULTI_GPU": "DDP", "MULTI_CPU": "DDP"}.get(kind, kind)

@@ -1,0 +1,190 @@
+"""What a recipe may say: pydantic models, one per section, each field documented where it stands.
+
+No I/O and no torch here. Unknown keys are errors; every default is visible in `llama-ft show`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+Objective = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo"]
+Layout = Literal["alpaca", "sharegpt", "messages", "preference", "text", "prompt-completion"]
+PRESETS = ("tiny", "llama-2-7b")
+"""Shapes that `preset:NAME` takes."""
+TRAINABLE = ("sft",)
+"""Objectives that this version trains."""
+TRAINABLE_METHODS = ("full", "lora")
+"""Adapter methods that this version trains."""
+# Each branch carries its own bounds: pydantic drops the bounds of a union from the JSON Schema.
+Finite = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Positive = Annotated[StrictInt, Field(gt=0)] | Annotated[Finite, Field(gt=0)]
+NonNegative = Annotated[StrictInt, Field(ge=0)] | Annotated[Finite, Field(ge=0)]
+Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+PositiveInt = Annotated[StrictInt, Field(ge=1)]
+Text = Annotated[StrictStr, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and strict about names and types (YAML already knows numbers from strings)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Reproduces(Section):
+    """What published work the recipe stands for."""
+
+    what: Text
+    """Name of the published model or experiment."""
+    source: Text
+    """Where its hyper-parameters were read: a URL or a paper."""
+    deviations: list[Text] = []
+    """Every way in which this recipe differs from the source, in words."""
+
+
+class Model(Section):
+    """The base model: where its weights come from and how they are held."""
+
+    base: Text
+    """Hub id, local folder (HF layout), `smollm2-135m`, or `preset:NAME` (shapes only, random weights)."""
+    revision: Text | None = None
+    """Hub commit, tag or branch; null takes the hub's default."""
+    tokenizer: Text | None = None
+    """Hub id or folder of another tokenizer; null takes the base model's own."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the base weights in training. Adapters, norms' arithmetic and losses stay float32."""
+    rope_scaling: dict[str, Any] | None = None
+    """RoPE scaling as in a HF config (`rope_type`, `factor`, …); null keeps the base's own."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` starts from fresh weights of the base's shapes."""
+
+
+class Adapter(Section):
+    """What is trained: every weight (`full`) or a low-rank adapter."""
+
+    method: Literal["full", "lora", "qlora"] = "lora"
+    """`full` trains all weights, `lora` an adapter, `qlora` an adapter on a 4-bit base."""
+    r: PositiveInt = 16
+    """LoRA rank."""
+    alpha: Positive = 32
+    """LoRA scale: the update is multiplied by alpha / r (arXiv 2106.09685)."""
+    dropout: Annotated[StrictInt, Field(ge=0, le=0)] | Annotated[Finite, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear", "attention"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """`all-linear`, `attention`, or a list of projection names (`q_proj`, …)."""
+
+
+class Data(Section):
+    """One source of rows: a shipped card (`use`) or a file (`path` and `layout`); with both, the card's layout on that file."""
+
+    use: Text | None = None
+    """Name of a card in `datasets/`, or the path of a card."""
+    path: Text | None = None
+    """A file of rows: .json, .jsonl."""
+    layout: Layout | None = None
+    """How a raw row is shaped; needed when there is no card."""
+    split: Text = "train"
+    """Which split of a card."""
+    weight: NonNegative = 1.0
+    """Share of this source in a mixture, relative to the others."""
+    limit: PositiveInt | None = None
+    """Take only the first N rows."""
+    system: Text | None = None
+    """System prompt for conversations that have none."""
+
+
+class Holdout(Section):
+    """Hold part of the training rows out for evaluation."""
+
+    holdout: Annotated[Finite, Field(gt=0, lt=1)]
+    """Share of documents, drawn by the training seed."""
+
+
+class Sequence(Section):
+    """How conversations become token sequences."""
+
+    max_length: Annotated[StrictInt, Field(ge=8)] = 2048
+    """Longest document, in tokens."""
+    packing: StrictBool = True
+    """Lay each micro-batch's documents end to end without padding; documents never see each other."""
+    train_on: Literal["responses", "all", "last_response"] = "responses"
+    """Which tokens carry loss."""
+    overlong: Literal["drop", "truncate", "split"] = "drop"
+    """What happens to a document longer than max_length; always counted in the report."""
+
+
+class Training(Section):
+    """The optimisation."""
+
+    objective: Objective = "sft"
+    """What is optimised."""
+    epochs: Positive = 3
+    """Passes over the data."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps; null runs all epochs."""
+    global_batch: PositiveInt = 128
+    """Documents per optimizer step over all devices, packed or not (tokens for `pretrain`)."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Documents per device per forward pass; accumulation follows from it."""
+    learning_rate: Positive = 2.0e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup: NonNegative = 0.03
+    """Below 1: share of all steps. 1 or more: a number of steps."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW, betas 0.9 and 0.999, eps 1e-8."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the gradient's global norm; 0 switches clipping off."""
+    gradient_checkpointing: StrictBool = False
+    """Recompute activations in the backward pass: less memory, about a quarter slower."""
+    seed: Annotated[StrictInt, Field(ge=0, le=2**32 - 1)] = 42
+    """Seed of everything random: data order, adapter init, dropout."""
+    save_every: PositiveInt = 200
+    """Steps between checkpoints."""
+    eval_every: PositiveInt = 200
+    """Steps between evaluations on eval_data."""
+
+
+class Export(Section):
+    """What a finished run writes besides its adapter."""
+
+    merged: StrictBool = True
+    """Write merged/ and prove it equal to what was trained."""
+    gguf: list[Quantisation] = []
+    """GGUF quantisations to write."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of the merged weights; null is the base's training dtype."""
+
+
+class Recipe(Section):
+    """A whole recipe, resolved: after `extends`, overrides and defaults."""
+
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Name of the run; letters, digits, dot, dash, underscore."""
+    reproduces: Reproduces | None = None
+    model: Model
+    adapter: Adapter = Adapter()
+    data: Annotated[list[Data], Field(min_length=1)]
+    """Sources of training rows."""
+    eval_data: Holdout | Annotated[list[Data], Field(min_length=1)] | None = None
+    """Held-out rows: `{holdout: share}`, or sources as in `data`."""
+    template: Text
+    """A shipped template's name, a .jinja path, or `base` for the base model's own."""
+    sequence: Sequence = Sequence()
+    training: Training = Training()
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl."""
+    launch: Text = "accelerate_configs/cpu.yaml"
+    """Launch config for `llama-ft train`."""
+    export: Export = Export()
+    output_dir: Text | None = None
+    """Run folder; null is runs/<name>."""
+
+    @property
+    def run_dir(self) -> str:
+        """The run folder, relative to the working directory unless the recipe names an absolute one."""
+        return self.output_dir or f"runs/{self.name}"

@@ -1,0 +1,240 @@
+"""The tree of a recipe against the schema: every unknown key and every wrong value, in plain words.
+
+pydantic judges each value; this walk knows where the value stands and what to say. What passed is kept, so that
+combinations (check.py) are looked at even where other keys are wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from llama_ft.errors import nearest
+from llama_ft.recipe.fields import Field, fields_of
+from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, Unreadable, is_null, plain, scalars
+from llama_ft.recipe.scalars import read_plain
+from llama_ft.recipe.schema import Recipe
+from llama_ft.recipe.words import expected, key_hint, one_line, shown
+
+_BAD = object()
+
+
+@dataclass
+class Shaped:
+    """A recipe after the walk: `data` holds what passed, `bad` the dotted keys that did not, `entries` all stated ones."""
+
+    data: dict[str, Any]
+    root: Mark
+    entries: dict[str, Entry] = field(default_factory=dict)
+    bad: set[str] = field(default_factory=set)
+
+
+def shape(tree: Map, findings: Findings, *, complete: bool = True) -> Shaped:
+    """Checks names and types of a whole recipe. `complete=False` (a parent is unreadable) asks for no missing key."""
+    walk = _Walk(findings, complete, Shaped({}, tree.mark))
+    walk.shaped.data = walk.section(Recipe, tree, "")
+    return walk.shaped
+
+
+@dataclass
+class _Walk:
+    findings: Findings
+    complete: bool
+    shaped: Shaped
+
+    def wrong(self, mark: Mark, key: str, what: str, hint: str | None = None) -> Any:
+        self.findings.add(mark, what, key=key, hint=hint)
+        self.shaped.bad.add(key)
+        return _BAD
+
+    def section(self, model: type[BaseModel], node: Map, path: str) -> dict[str, Any]:
+        fields, data = fields_of(model), {}
+        for name, entry in node.entries.items():
+            key = f"{path}.{name}" if path else name
+            if name not in fields:
+                self.findings.add(
+                    entry.mark, f"unknown key '{one_line(name)}'", key=one_line(key), hint=_unknown(name, model, path)
+                )
+                continue
+            self.shaped.entries[key] = entry
+            if is_null(entry.node):
+                continue
+            value = self.value(fields[name], entry.node, key)
+            if value is not _BAD:
+                data[name] = value
+        for name, info in fields.items():
+            stated = name in node.entries and not is_null(node.entries[name].node)
+            if info.required and not stated and self.complete:
+                mark = node.entries[name].node.mark if name in node.entries else node.mark
+                self.wrong(mark, f"{path}.{name}" if path else name, f"{name} is missing", _missing(info))
+        return data
+
+    def value(self, info: Field, node: Node, key: str) -> Any:
+        if isinstance(node, Unreadable):
+            self.shaped.bad.add(key)
+            return _BAD
+        if isinstance(node, Scalar):
+            value: Any = self.scalar(info, node, key)
+        elif isinstance(node, Items):
+            if info.item is None:
+                return self.mismatch(info, node, key)
+            value = [self.item(info.item, item, f"{key}.{n}") for n, item in enumerate(node.items)]
+            value = _BAD if any(item is _BAD for item in value) else value
+        elif info.model is not None:
+            if info.item is not None and not any(name in fields_of(info.model) for name in node.entries):
+                return self.mismatch(info, node, key)  # one source where a list of sources belongs
+            value = self.section(info.model, node, key)
+            return value  # its own keys were judged one by one
+        elif info.takes_any_map:
+            value = self.free_map(node, key)
+        else:
+            return self.mismatch(info, node, key)
+        has_sections = info.item is not None and info.item.model is not None
+        if value is _BAD or (has_sections and value):
+            return value
+        if not _fits(info, value):
+            return self.mismatch(info, node, key)
+        return value
+
+    def item(self, info: Field, node: Node, key: str) -> Any:
+        self.shaped.entries[key] = Entry(node.mark, node)
+        if is_null(node):
+            return self.wrong(
+                node.mark, key, "this entry of the list is null", f"{expected(info)} is needed, or remove it"
+            )
+        return self.value(info, node, key)
+
+    def scalar(self, info: Field, node: Scalar, key: str) -> Any:
+        """The value of a scalar, refused where YAML readers disagree about what it is."""
+        if node.form == "empty":
+            hint = f"write {expected(info)} after the colon, or null for the default"
+            return self.wrong(node.mark, key, f"{info.name} has no value", hint)
+        if node.form in ("text", "bool", "int", "float"):
+            return node.value
+        return self.mismatch(info, node, key)
+
+    def free_map(self, node: Map, key: str) -> Any:
+        for scalar in scalars(node):
+            if scalar.form not in ("text", "bool", "int", "float", "null"):
+                what = f"{shown(scalar)} is read differently by different YAML readers"
+                return self.wrong(scalar.mark, key, what, "put it in quotes, or write a plain number, true or false")
+        return plain(node)
+
+    def mismatch(self, info: Field, node: Node, key: str) -> Any:
+        what = f"{info.name} is {shown(node)}, {expected(info)} is needed"
+        mark = node.mark
+        if isinstance(node, Scalar):
+            what, hint = _scalar_words(info, node, key, what)
+        else:
+            hint = _container_hint(info, node, key)
+        return self.wrong(mark, key, what, hint)
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
+
+
+def _fits(info: Field, value: Any) -> bool:
+    try:
+        _adapter(info.type).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _unknown(name: str, model: type[BaseModel], path: str) -> str:
+    if name == "holdout" and path.startswith("eval_data."):
+        return "holdout stands alone, not in a list: eval_data: {holdout: 0.02}"
+    if name == "extends":
+        return "extends stands at the top of a recipe file"
+    return key_hint(name, model, path)
+
+
+def _missing(info: Field) -> str:
+    return f"add '{info.name}: …'" + (f" ({info.description.rstrip('.')})" if info.description else "")
+
+
+def _scalar_words(info: Field, node: Scalar, key: str, what: str) -> tuple[str, str | None]:
+    """What is wrong with a scalar, and what to write instead."""
+    quoted = f"quote it: {_quoted(node, key)}"
+    takes_text, takes_bool = _fits(info, "x" * 3), _fits(info, True)
+    kind = {"bool": "true or false", "legacy-bool": "true or false", "int": "a number", "float": "a number"}
+    kind |= {"legacy-number": "a number", "huge": "a number", "non-finite": "a number", "date": "a date"}
+    if takes_text and node.form in kind:
+        return f"{info.name} is {node.text[:80]}, which YAML reads as {kind[node.form]}, text is needed", quoted
+    if takes_bool and (node.form == "legacy-bool" or (node.form == "text" and _as_bool(node.text))):
+        return what, f"write {_as_bool(node.text)}"
+    if node.form == "non-finite":
+        return what, "infinity and NaN are no settings"
+    if node.form == "huge":
+        return what, "this is too long or too large to be meant"
+    number = _number_meant(info, node)
+    if number is not None:
+        return what, "remove the quotes" if node.quoted else f"write {number}"
+    if node.form == "legacy-bool" and _choices(info) and node.text.lower() in _choices(info):
+        return what, quoted
+    near = nearest(node.text[:100].lower(), _choices(info))
+    if near:
+        return what, f"did you mean '{near}'?"
+    if info.item is not None and _fits(info, [node.value]):
+        return what, f"write it as a list: [{one_line(node.text)}]"
+    if info.model is not None:
+        first = next(iter(fields_of(info.model).values()))
+        meant = f"{{{first.name}: {one_line(node.text)}}}"
+        return what, f"write {meant}" if _fits(first, node.value) else "nest its keys below it"
+    return what, None
+
+
+def _quoted(node: Scalar, key: str) -> str:
+    value = '"' + one_line(node.text, 40) + '"'
+    return value if node.mark.line else f"'{key}={value}' on the command line"
+
+
+def _as_bool(text: str) -> str | None:
+    low = text.lower()
+    return (
+        "true"
+        if low in ("yes", "on", "y", "true", "1")
+        else "false"
+        if low in ("no", "off", "n", "false", "0")
+        else None
+    )
+
+
+def _number_meant(info: Field, node: Scalar) -> str | None:
+    """The number that a text such as "2e-5", `1_000` or `16.0` stands for, if the key takes it."""
+    digits = node.text.strip().replace("_", "").replace(",", "")
+    form, value = read_plain(digits.lstrip("0") or "0")
+    if form not in ("int", "float"):
+        return None
+    for candidate in (value, int(value) if isinstance(value, float) and value.is_integer() else value):
+        if _fits(info, candidate):
+            return str(candidate) if not isinstance(value, float) or isinstance(candidate, int) else digits
+    return None
+
+
+def _choices(info: Field) -> list[str]:
+    """The words that a key takes, if it takes only certain words."""
+    schema = _adapter(info.type).json_schema()
+    words: list[str] = []
+    for branch in [schema, *schema.get("anyOf", [])]:
+        words += [word for word in branch.get("enum", []) if isinstance(word, str)]
+        words += [branch["const"]] if isinstance(branch.get("const"), str) else []
+    return words
+
+
+def _container_hint(info: Field, node: Node, key: str) -> str | None:
+    on_line = node.mark.line > 0
+    if isinstance(node, Map) and info.item is not None:
+        return "write '- ' before its first key" if on_line else f"name a position: {key}.0.…"
+    if isinstance(node, Map) and not on_line:
+        return f"text with ': ' needs quotes: '{key}=\"…\"'"
+    if isinstance(node, Items) and info.model is not None and info.item is None:
+        return "write its keys without '- '"
+    if isinstance(node, Items) and not node.items:
+        return f"remove {info.name} for its default"
+    return None

@@ -1,0 +1,165 @@
+"""Plain words for what a key takes, and the nearest key for a name that is none."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from llama_ft.errors import did_you_mean, nearest
+from llama_ft.recipe.fields import Field, fields_of, section_models
+from llama_ft.recipe.nodes import Items, Map, Node, Scalar
+
+OTHER_NAMES = {
+    "base_model": "model.base",
+    "model_name_or_path": "model.base",
+    "torch_dtype": "model.dtype",
+    "lora_r": "adapter.r",
+    "rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "lora_target": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "dataset": "data",
+    "datasets": "data",
+    "val_set_size": "eval_data.holdout",
+    "chat_template": "template",
+    "prompt_template": "template",
+    "cutoff_len": "sequence.max_length",
+    "max_seq_length": "sequence.max_length",
+    "sequence_len": "sequence.max_length",
+    "sample_packing": "sequence.packing",
+    "train_on_inputs": "sequence.train_on",
+    "lr": "training.learning_rate",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "batch_size": "training.global_batch",
+    "train_batch_size": "training.global_batch",
+    "micro_batch_size": "training.micro_batch",
+    "per_device_train_batch_size": "training.micro_batch",
+    "lr_scheduler": "training.schedule",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_ratio": "training.warmup",
+    "warmup_steps": "training.warmup",
+    "save_steps": "training.save_every",
+    "eval_steps": "training.eval_every",
+    "report_to": "tracking",
+}
+"""What the same thing is called in other projects' configs."""
+
+
+def expected(field: Field) -> str:
+    """What a key takes, e.g. `a number above 0`, `one of cosine, linear, constant`, `a list of maps`."""
+    return _describe(TypeAdapter(field.type).json_schema())
+
+
+def _describe(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        branches = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
+        if "number" in [branch.get("type") for branch in branches]:  # a whole number or a fraction: a number
+            branches = [branch for branch in branches if branch.get("type") != "integer"]
+        return " or ".join(map(_describe, branches))
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return f"'{schema['const']}'"
+    return _TYPES[schema.get("type", "object")](schema)
+
+
+def _number(noun: str, schema: dict[str, Any]) -> str:
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if low is not None:
+        if high is not None:
+            return f"{noun} from {low:g} to {high:.10g}"
+        return f"{noun}, {low:g} or more" + (f" and below {below:g}" if below is not None else "")
+    bounds = [f"above {above:g}" if above is not None else "", f"below {below:g}" if below is not None else ""]
+    return f"{noun} {' and '.join(filter(None, bounds))}".strip()
+
+
+def _list(schema: dict[str, Any]) -> str:
+    items = schema.get("items", {})
+    kind = "maps" if "$ref" in items else f"names ({', '.join(items['enum'])})" if "enum" in items else "texts"
+    return f"a list of {kind}" + (", at least one" if schema.get("minItems") else "")
+
+
+_TYPES = {
+    "integer": lambda schema: _number("a whole number", schema),
+    "number": lambda schema: _number("a number", schema),
+    "boolean": lambda schema: "true or false",
+    "string": lambda schema: (
+        "a name of letters, digits, '.', '-' and '_' (100 at most)" if "pattern" in schema else "text"
+    ),
+    "array": _list,
+    "object": lambda schema: "a map",
+}
+
+
+def one_line(text: str, limit: int = 80) -> str:
+    """A text from a file as it can stand in one line of a report."""
+    printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
+    return printable + ("…" if len(text) > limit else "")
+
+
+def shown(node: Node) -> str:
+    """A value as a message names it: `'fast'`, `true`, `a list`."""
+    if isinstance(node, Scalar):
+        text = one_line(node.text)
+        return f"'{text}'" if node.quoted or node.form in ("text", "date") else text or "empty"
+    if isinstance(node, Map):
+        return "a map" if node.entries else "an empty map"
+    return ("a list" if node.items else "an empty list") if isinstance(node, Items) else "unreadable"
+
+
+def key_hint(name: str, model: type[BaseModel], prefix: str) -> str:
+    """The nearest key for an unknown one: its own section's, another section's, or another project's name for it."""
+    name = name[:100]
+    valid = fields_of(model)
+    everywhere = _all_keys()
+    leaf = re.sub(r"\W", "_", name.split(".")[-1]).lower()
+    if "." in name and re.sub(r"\.\d+\.", ".0.", name) in everywhere:
+        return f"in a file it is nested: {_nested(name)}"
+    exact = [key for key in everywhere if key.split(".")[-1] == leaf and key.count(".") > 0]
+    own = nearest(leaf, valid)
+    if leaf in valid and own:
+        return f"did you mean '{own}'?"
+    if exact:
+        return f"did you mean {' or '.join(exact)}?"
+    if leaf in valid_top() and prefix:
+        return f"did you mean {leaf}, at the top of the recipe?"
+    if leaf in OTHER_NAMES:
+        target = OTHER_NAMES[leaf]
+        return f"did you mean {target}?"
+    if own:
+        return f"did you mean '{own}'?"
+    far = nearest(leaf, {key.split(".")[-1] for key in everywhere})
+    if far:
+        return f"did you mean {' or '.join(key for key in everywhere if key.split('.')[-1] == far)}?"
+    return did_you_mean(name, valid, kind="keys here" if prefix else "keys")
+
+
+def valid_top() -> list[str]:
+    """The top-level keys of a recipe, `extends` among them."""
+    return [*section_models()[""].model_fields, "extends"]
+
+
+def _all_keys() -> list[str]:
+    """Every dotted key; a source's keys are shown under `data.0` alone, though `eval_data.0` takes them too."""
+    keys = []
+    for section, model in section_models().items():
+        if section != "eval_data.0":
+            keys += [f"{section}.{name}" if section else name for name in model.model_fields]
+    return keys
+
+
+def _nested(dotted: str) -> str:
+    *sections, leaf = dotted.split(".")
+    text = f"{leaf}: …"
+    for section in reversed(sections):
+        text = f"- {text}" if section.isdigit() else f"{section}: {{{text}}}"
+    return text
+
+
+__all__ = ["expected", "key_hint", "one_line", "shown", "valid_top"]

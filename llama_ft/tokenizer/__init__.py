@@ -1,0 +1,1 @@
+"""Hugging Face, SentencePiece and tiktoken tokenizers behind one door."""

@@ -1,0 +1,124 @@
+"""What the Hugging Face hub's failures mean to a user.
+
+transformers, huggingface_hub and datasets wrap one another's exceptions, and what counts is somewhere down the chain
+of causes. One function reads that chain and says which repository failed, why, and what to do.
+"""
+
+from __future__ import annotations
+
+import re
+
+from llama_ft.errors import UserError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+_NO_NETWORK = {"ConnectError", "ConnectTimeout", "ReadTimeout", "NetworkError", "ConnectionError", "ProxyError"}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the shape of a hub repository: `name` or `owner/name`."""
+    return bool(_HUB_ID.match(name)) and ".." not in name
+
+
+def hub_reachable(timeout: float = 5.0) -> bool:
+    """Whether the hub answers within `timeout` seconds; False when offline mode is on.
+
+    Asked once before a download, since the hub's client retries a dead network for about 25 seconds per file.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except OfflineModeIsEnabled:
+        return False
+    except Exception as error:  # every transport has its own exceptions; only "no answer" matters here
+        return not (_names(error) & _NO_NETWORK or isinstance(error, OSError))
+    return True
+
+
+def hub_problem(error: BaseException, repo_id: str, *, what: str = "model", key: str | None = None) -> UserError:
+    """Translates an exception of huggingface_hub, transformers, datasets or httpx into one :class:`UserError`.
+
+    `what` is the kind of repository in words (`model`, `tokenizer`, `data set`); `key` the recipe's key that named it.
+    The result is to be raised `from None`: the chain behind it says nothing more to a user.
+    """
+    said, hint = _explain(error, repo_id, what)
+    return UserError(said, key=key, hint=hint)
+
+
+def _explain(error: BaseException, repo_id: str, what: str) -> tuple[str, str]:
+    names = _names(error)
+    text = " ".join(str(link) for link in _chain(error))
+    status = next((code for link in _chain(error) if (code := _status(link))), None)
+    other = f"or name a local folder in place of '{repo_id}'"
+    if "GatedRepoError" in names or "gated repo" in text:
+        todo = "request access on its hub page with the account of your token"
+        if not _has_token():
+            todo = "no token was found: accept the licence on its hub page, then run `hf auth login`"
+        return f"the {what} '{repo_id}' is gated: its owner asks you to accept a licence first", f"{todo}, {other}"
+    if "RevisionNotFoundError" in names:
+        return f"the {what} '{repo_id}' has no such revision on the hub", "check the branch, tag or commit"
+    if "RemoteEntryNotFoundError" in names or "does not appear to have a file" in text:
+        return f"the hub's '{repo_id}' lacks a file that a {what} needs: {_first_line(error)}", f"check the id, {other}"
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} or status in (401, 404):
+        token = "" if _has_token() else " (no token was found; a private one needs `hf auth login`)"
+        return (
+            f"the hub has no {what} '{repo_id}', or it is private{token}",
+            f"check the spelling (owner/name), {other}",
+        )
+    if "HFValidationError" in names or "Repo id must be" in text:
+        return f"'{repo_id}' is neither a folder nor a hub id (owner/name)", "check the path"
+    offline = _offline()
+    if names & (_NO_NETWORK | {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}) or "couldn't connect" in text.lower():
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        todo = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
+        return (
+            f"the {what} '{repo_id}' is not on this machine and {why}",
+            f"{todo} (a gated one also needs its licence accepted and `hf auth login`), {other}",
+        )
+    if status is not None and (status == 429 or status >= 500):
+        return f"the hub answered {status} for the {what} '{repo_id}'", f"try again later, {other}"
+    return f"the {what} '{repo_id}' could not be loaded: {_first_line(error)}", f"check the id, {other}"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links:
+        links.append(link)
+        link = link.__cause__ or link.__context__
+    return links
+
+
+def _names(error: BaseException) -> set[str]:
+    """Class names along the chain, without the built-in bases (a plain OSError says nothing)."""
+    return {
+        base.__name__
+        for link in _chain(error)
+        for base in type(link).__mro__
+        if base.__name__ not in ("OSError", "Exception", "BaseException", "object", "ValueError")
+    }
+
+
+def _status(error: BaseException) -> int | None:
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) else None
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    return bool(get_token())
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.is_offline_mode())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,39 @@
+"""`accelerate launch … -m llama_ft.train RECIPE [key=value…] [--resume] [--overwrite] [--allow NAME] [--debug]`"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+from llama_ft.errors import user_facing
+from llama_ft.train.launch import report_status
+
+
+def main() -> None:
+    """Trains one recipe in this process; the launcher decides how many such processes there are."""
+    parser = argparse.ArgumentParser(prog="llama_ft.train", description="Train a recipe, merge it and prove the merge.")
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-4")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run in the same folder")
+    parser.add_argument("--allow", action="append", default=[], metavar="NAME", help="accept a preflight fault by name")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_intermixed_args()
+    # The libraries' deprecation notes are for us, not for the user; faults of ours are errors, not warnings.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        with user_facing(debug=arguments.debug):
+            from llama_ft.recipe import load_recipe
+
+            recipe = load_recipe(arguments.recipe, arguments.overrides)
+            from llama_ft.train.run import train_recipe
+
+            train_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite, allow=arguments.allow)
+    except SystemExit as stop:
+        report_status(stop.code if isinstance(stop.code, int) else 1)
+        raise
+
+
+if __name__ == "__main__":
+    main()

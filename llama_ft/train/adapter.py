@@ -1,0 +1,54 @@
+"""Saving what was trained, and reading it back before anyone calls the run done."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_ft.errors import MachineFault
+from llama_ft.files import publish
+from llama_ft.recipe.run import Run
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """Writes adapter/ and compares it with the live adapter, tensor by tensor and bit by bit.
+
+    Raises MachineFault if a tensor is missing, differs, or if every B is zero: an adapter that changes nothing.
+    """
+    aside = run.path / ".adapter.writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(str(aside), safe_serialization=True)
+    tokenizer.save_pretrained(str(aside))
+    (aside / "README.md").unlink(missing_ok=True)  # PEFT's own card; the run has one
+    written = load_file(aside / "adapter_model.safetensors")
+    live = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    differing = sorted(
+        name
+        for name in live.keys() | written.keys()
+        if name not in live or name not in written or not torch.equal(live[name], written[name])
+    )
+    if differing:
+        raise MachineFault(
+            f"the saved adapter differs from the trained one in {len(differing)} tensors, first {differing[0]}",
+            where=str(aside),
+            hint="the last checkpoint is whole; go on with --resume",
+        )
+    if not any(bool(tensor.any()) for name, tensor in written.items() if "lora_B" in name):
+        raise MachineFault("the saved adapter is zero: training changed nothing", where=str(aside))
+    publish(aside, run.adapter)
+
+
+def save_full(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, dtype: torch.dtype
+) -> None:
+    """Writes merged/ from a fully tuned model, in `dtype`, named as the plain LLaMA it is."""
+    aside = run.path / ".merged.writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(str(aside), state_dict=state)
+    tokenizer.save_pretrained(str(aside))
+    publish(aside, run.merged)

@@ -1,0 +1,227 @@
+"""The road of one run: check, prepare, load, train, save, merge, prove, report."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import set_seed
+
+from llama_ft.adapters.lora import attach_lora
+from llama_ft.data.batches import PackedCollator, PaddedCollator
+from llama_ft.data.prepare import Prepared, prepare_data
+from llama_ft.errors import UserError
+from llama_ft.export.run import Export, export_run
+from llama_ft.files import write_json, write_text
+from llama_ft.llama.base import locate_base
+from llama_ft.llama.load import DTYPES, choose_compute_dtype, load_model
+from llama_ft.recipe import dump
+from llama_ft.recipe.run import Run
+from llama_ft.recipe.schema import Recipe
+from llama_ft.train.adapter import save_adapter, save_full
+from llama_ft.train.checks import check_disk, check_launch, check_run_folder, check_writable
+from llama_ft.train.lock import commit, versions
+from llama_ft.train.progress import Metrics, ProgressLine, StopCleanly, plot_losses
+from llama_ft.train.report import print_report
+from llama_ft.train.samples import Samples
+from llama_ft.train.trainer import LlamaTrainer, micro_batch_and_accumulation, training_arguments
+
+
+@dataclass
+class Loaded:
+    """A model ready to train, and the types it is held in."""
+
+    model: PreTrainedModel | PeftModel
+    base_folder: Path
+    compute_dtype: torch.dtype
+
+
+def train_recipe(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()
+) -> Run:
+    """Trains a recipe in the processes the launcher started, exports and proves it. Returns the finished run.
+
+    resume: go on from the newest whole checkpoint; overwrite: replace a run in the same folder; allow: preflight
+    faults to accept by name. Raises UserError for what the user can mend, MachineFault for what the machine did.
+    A run stopped by Ctrl-C leaves through SystemExit(130) after its checkpoint.
+    """
+    check_launch()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    use_physical_cores(state)
+    console = Console(quiet=not state.is_main_process)
+    run = Run(Path(recipe.run_dir).resolve())
+    step = check_run_folder(run, resume=resume, overwrite=overwrite and state.is_main_process)
+    check_writable(run)
+
+    with state.main_process_first():
+        prepared = prepare_data(recipe, allow=allow)
+    if prepared.train is None or not len(prepared.train):
+        raise UserError("no document is left to train on", key="data")
+    micro_batch, accumulation = micro_batch_and_accumulation(
+        recipe, prepared.train["length"], state.num_processes, on_gpu=state.device.type == "cuda"
+    )
+    loaded = load_for_training(recipe, state.device, run.lock.get("compute_dtype") if step else None)
+    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in loaded.model.parameters())
+    documents = len(prepared.train)
+    steps_per_epoch = math.ceil(documents / recipe.training.global_batch)
+    steps = recipe.training.max_steps or math.ceil(steps_per_epoch * recipe.training.epochs)
+    export_dtype = DTYPES[recipe.export.dtype or recipe.model.dtype]
+    check_disk(
+        run.path,
+        trained=trained,
+        parameters=everything,
+        checkpoints=max(1, steps // recipe.training.save_every),
+        merged_bytes=export_dtype.itemsize if recipe.export.merged else 0,
+    )
+    arguments = training_arguments(recipe, run, micro_batch, accumulation, has_eval=prepared.eval is not None)
+    if state.is_main_process and step is None:
+        write_text(run.recipe_file, dump(recipe))
+        write_json(run.lock_file, lock_contents(recipe, prepared, loaded, state, micro_batch, accumulation))
+    console.print(
+        f"{recipe.name}: {documents:,} documents, {trained:,} of {everything:,} weights trained, global batch "
+        f"{recipe.training.global_batch} = {micro_batch} × {accumulation} × {state.num_processes}, "
+        f"{str(loaded.compute_dtype).removeprefix('torch.')} on {state.device.type} ({torch.get_num_threads()} threads)",
+        highlight=False,
+    )
+
+    stop = StopCleanly()
+    callbacks: list[TrainerCallback] = [stop, ProgressLine(console)]
+    if state.is_main_process:
+        callbacks += [Metrics(run, step or 0), *trackers(recipe, run)]
+    trainer = LlamaTrainer(
+        model=loaded.model,
+        args=arguments,
+        data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        processing_class=prepared.tokenizer,
+        callbacks=callbacks,
+        run=run,
+    )
+    samples = Samples(run, prepared) if state.is_main_process else None
+    if samples is not None and step is None:
+        samples.answer(loaded.model, "before")
+    if prepared.eval is not None and step is None:
+        trainer.evaluate()
+    stop.install()
+    try:
+        trainer.train(resume_from_checkpoint=str(run.checkpoint(step)) if step else None)
+    finally:
+        stop.restore()
+    if stop.asked:
+        say_stopped(run, console)
+        raise SystemExit(130)
+    finish(trainer, prepared, run, console, samples)
+    return run
+
+
+def load_for_training(recipe: Recipe, device: torch.device, compute_dtype: str | None) -> Loaded:
+    """The base model with its adapter (or with all weights trainable), seeded, in the type it will compute in.
+
+    `compute_dtype` is the locked type of a run that is resumed; None chooses one for this machine.
+    """
+    dtype = DTYPES[recipe.model.dtype]
+    folder = locate_base(recipe.model.base, recipe.model.revision)
+    full = recipe.adapter.method == "full"
+    if compute_dtype is not None:
+        compute = DTYPES[compute_dtype]
+    else:
+        # Full tuning needs float32 masters: an update of 1e-5 is lost in a 16-bit weight.
+        compute = torch.float32 if full else choose_compute_dtype(dtype, device)
+    model = load_model(
+        folder, torch.float32 if full else dtype, compute_dtype=compute, rope_scaling=recipe.model.rope_scaling
+    )
+    model.config.use_cache = False
+    set_seed(recipe.training.seed)
+    if full:
+        return Loaded(model, folder, compute)
+    return Loaded(attach_lora(model, recipe.adapter), folder, compute)
+
+
+def use_physical_cores(state: PartialState) -> None:
+    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all physical cores."""
+    if state.device.type == "cpu":
+        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // max(1, state.num_processes)))
+
+
+def trackers(recipe: Recipe, run: Run) -> list[TrainerCallback]:
+    """The callbacks that `tracking` names; transformers' own, TensorBoard's with its files inside the run."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    found: list[TrainerCallback] = []
+    for name in recipe.tracking:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations import TensorBoardCallback
+
+            found.append(TensorBoardCallback(tb_writer=SummaryWriter(log_dir=str(run.path / "tensorboard"))))
+        else:
+            try:
+                found.append(get_reporting_integration_callbacks([name])[0]())
+            except (ImportError, RuntimeError) as error:
+                raise UserError(
+                    f"tracking names '{name}', which is not installed", key="tracking", hint="pip install llama-ft[track]"
+                ) from error
+    return found
+
+
+def lock_contents(
+    recipe: Recipe, prepared: Prepared, loaded: Loaded, state: PartialState, micro_batch: int, accumulation: int
+) -> dict:
+    """See llama_ft.train.lock."""
+    return {
+        "name": recipe.name,
+        "seed": recipe.training.seed,
+        "base": recipe.model.base,
+        "base_folder": str(loaded.base_folder),
+        "revision": recipe.model.revision,
+        "compute_dtype": str(loaded.compute_dtype).removeprefix("torch."),
+        "documents": len(prepared.train),
+        "global_batch": recipe.training.global_batch,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
+        "world_size": state.num_processes,
+        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else platform.processor() or "cpu",
+        "hashes": prepared.hashes,
+        "data": prepared.report,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def say_stopped(run: Run, console: Console) -> None:
+    """After Ctrl-C or SIGTERM: where the run stands and how it goes on."""
+    steps = run.steps()
+    if steps:
+        console.print(f"stopped after step {steps[-1]}; {run.checkpoint(steps[-1])} is whole", highlight=False)
+        console.print("go on with the same command and --resume", highlight=False)
+
+
+def finish(
+    trainer: LlamaTrainer, prepared: Prepared, run: Run, console: Console, samples: Samples | None
+) -> None:
+    """Saves what was trained, reads it back, answers the held-out questions again, merges, proves, reports."""
+    recipe = run.recipe
+    trainer.accelerator.wait_for_everyone()
+    if samples is None:  # only the main process writes
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if recipe.adapter.method == "full":
+        save_full(model, prepared.tokenizer, run, DTYPES[recipe.export.dtype or recipe.model.dtype])
+    else:
+        save_adapter(model, prepared.tokenizer, run)
+    plot_losses(run)
+    samples.answer(model, "after")
+    proof: Export | None = export_run(run, trained=model) if recipe.export.merged else None
+    print_report(run, proof, console)

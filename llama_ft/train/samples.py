@@ -1,0 +1,66 @@
+"""Answers to five held-out questions before and after training: whether the run did anything a person would notice."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llama_ft.data.prepare import Prepared
+from llama_ft.files import write_json
+from llama_ft.recipe.run import Run
+
+QUESTIONS = 5
+MAX_NEW_TOKENS = 96
+
+
+class Samples:
+    """eval/samples.json of a run: [{question, reference, before, after}], greedy answers. Empty without eval data."""
+
+    def __init__(self, run: Run, prepared: Prepared):
+        self.run, self.prepared = run, prepared
+        conversations = prepared.eval_conversations if prepared.eval is not None else []
+        stride = max(1, len(conversations) // QUESTIONS)
+        self.chosen = [turns for turns in conversations[::stride] if turns[-1]["role"] == "assistant"][:QUESTIONS]
+
+    @torch.inference_mode()
+    def answer(self, model: PreTrainedModel | PeftModel, when: Literal["before", "after"]) -> None:
+        """Answers every question with the model as it is and writes the file; keeps what the other moment wrote."""
+        if not self.chosen:
+            return
+        records = self._records()
+        training = model.training
+        model.eval()
+        tokenizer, template = self.prepared.tokenizer, self.prepared.template
+        for record, turns in zip(records, self.chosen, strict=True):
+            ids = torch.tensor([template.prompt_ids(turns[:-1], tokenizer)], device=model.device)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=template.end_token_id(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            record[when] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        model.train(training)
+        write_json(self.run.samples_file, records)
+
+    def _records(self) -> list[dict[str, Any]]:
+        try:
+            written = json.loads(self.run.samples_file.read_text(encoding="utf-8"))
+            if len(written) == len(self.chosen):
+                return written
+        except (OSError, ValueError):
+            pass
+        return [{"question": question_of(turns), "reference": turns[-1]["content"]} for turns in self.chosen]
+
+
+def question_of(turns: list[dict[str, str]]) -> str:
+    """The last thing the user asked, with its input if the row has one."""
+    asked = next(turn for turn in reversed(turns) if turn["role"] == "user")
+    return "\n".join(filter(None, (asked["content"], asked.get("input"))))

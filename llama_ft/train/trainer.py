@@ -1,0 +1,191 @@
+"""TRL's SFTTrainer with our loss, our evaluation and our checkpoints; the loop itself is transformers' own."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+
+from llama_ft.errors import MachineFault, UserError
+from llama_ft.files import publish
+from llama_ft.llama.head import IGNORE
+from llama_ft.recipe.run import Run
+from llama_ft.recipe.schema import Recipe
+
+ASIDE = ".writing"
+
+
+def training_arguments(recipe: Recipe, run: Run, micro_batch: int, accumulation: int, *, has_eval: bool) -> SFTConfig:
+    """The recipe's `training` section in TRL's words. Our data is prepared already and our model owns its types."""
+    training = recipe.training
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        num_train_epochs=float(training.epochs),
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=float(training.learning_rate),
+        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=float(training.warmup),
+        optim="adamw_torch_fused",
+        weight_decay=float(training.weight_decay),
+        max_grad_norm=float(training.max_grad_norm),
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        seed=training.seed,
+        # Full tuning keeps float32 master weights and multiplies in the recipe's type on a GPU; an adapter's frozen
+        # base is already stored in it. Autocast on a CPU would recast frozen weights at every call.
+        bf16=on_gpu and recipe.adapter.method == "full" and recipe.model.dtype == "bfloat16",
+        fp16=on_gpu and recipe.adapter.method == "full" and recipe.model.dtype == "float16",
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.save_every,
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=training.eval_every,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
+
+
+class LlamaTrainer(SFTTrainer):
+    """Trains on documents that are ids and labels already.
+
+    The loss is the model's own head, which TRL would bypass; evaluation is the exact nll per labelled token; a
+    checkpoint is written aside and renamed, so that `checkpoints/step-N` is complete or absent.
+    """
+
+    def __init__(self, *args: Any, run: Run, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.run = run
+        self.tokens_seen = 0
+        self.labelled_seen = 0
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Sum of the micro-batch's nll over the labelled tokens of the whole global batch."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the engine averages gradients over ranks; we want their sum
+        if self.model.training:
+            mask = inputs.get("attention_mask")
+            self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            self.labelled_seen += int((inputs["labels"] != IGNORE).sum())
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss: nats per labelled token over all of it, however it is batched. Logged as `eval_loss`."""
+        start = time.perf_counter()
+        loss, labelled = self.nll(self.get_eval_dataloader(eval_dataset))
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_labelled_tokens": labelled,
+            f"{metric_key_prefix}_seconds": round(time.perf_counter() - start, 3),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def nll(self, batches: Any) -> tuple[float, int]:
+        """(nats per labelled token, labelled tokens) over a data loader, summed over all ranks."""
+        model = self.model_wrapped if self.accelerator._models else self.model
+        was_training = self.model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            total[0] += model(**inputs, num_items_in_batch=1).loss.double()
+            total[1] += (inputs["labels"] != IGNORE).sum()
+        model.train(was_training)
+        nats, labelled = self.accelerator.reduce(total, "sum").tolist()
+        return (nats / labelled if labelled else math.nan), int(labelled)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the running token counts to every training line."""
+        if "loss" in logs:
+            counts = torch.tensor([self.tokens_seen, self.labelled_seen], device=self.args.device)
+            tokens, labelled = self.accelerator.reduce(counts, "sum").tolist()
+            logs |= {"tokens": tokens, "labelled_tokens": labelled}
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL would write its own README.md beside the checkpoints at every save; the export writes ours once."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run.checkpoints / ASIDE)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        aside = self.run.checkpoints / ASIDE
+        try:
+            if self.is_world_process_zero():
+                shutil.rmtree(aside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                publish(aside / f"checkpoint-{self.state.global_step}", self.run.checkpoint(self.state.global_step))
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError from its zip writer
+            if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+            steps = self.run.steps()
+            kept = f"checkpoint step-{steps[-1]} is whole" if steps else "there was no checkpoint yet"
+            raise MachineFault(
+                f"could not write a checkpoint at step {self.state.global_step}: {error}",
+                where=str(self.run.checkpoints),
+                hint=f"{kept}; free some space, then go on with --resume",
+            ) from error
+
+
+def micro_batch_and_accumulation(
+    recipe: Recipe, lengths: Sequence[int], world_size: int, *, on_gpu: bool
+) -> tuple[int, int]:
+    """Documents per device per forward pass, and passes per step, so that their product is the global batch.
+
+    `auto` takes the largest divisor whose average pass stays within a token budget: on a CPU larger passes only cost
+    memory, on a GPU they fill it.
+    """
+    per_device, rest = divmod(recipe.training.global_batch, world_size)
+    if rest:
+        raise uneven(recipe.training.global_batch, world_size)
+    wanted = recipe.training.micro_batch
+    if wanted == "auto":
+        budget = 8192 if on_gpu else 1024
+        mean = sum(lengths) / len(lengths)
+        divisors = (n for n in range(per_device, 0, -1) if per_device % n == 0)
+        wanted = next((n for n in divisors if n * mean <= budget), 1)
+    if per_device % wanted:
+        raise uneven(recipe.training.global_batch, world_size * wanted)
+    return wanted, per_device // wanted
+
+
+def uneven(global_batch: int, parts: int) -> UserError:
+    """The error for a global batch that does not divide."""
+    return UserError(
+        f"global_batch {global_batch} cannot be split into {parts} equal parts",
+        key="training.global_batch",
+        hint=f"use a multiple of {parts}: processes × micro_batch must divide it",
+    )
