@@ -15,7 +15,7 @@ from llama_ft.data.layouts import check_layout
 from llama_ft.data.problems import Problems
 from llama_ft.errors import Problem, UserError
 from llama_ft.recipe.schema import Data
-from llama_ft.tokenizer.hub import hub_problem
+from llama_ft.tokenizer.hub import hub_problem, quick_hub
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _open(entry: Data, key: str) -> Source:
 def _file(path: Path, key: str, layout: str, columns: Mapping[str, str] | None, entry: Data) -> Source:
     check_file(path, key=key)
     return Source(
-        label=str(entry.path or path),
+        label=str(path),
         layout=layout,
         fingerprint=sha256_of(path),
         columns=columns,
@@ -94,12 +94,11 @@ def _hub(card: Card, hub: Hub, layout: str, entry: Data, key: str) -> Source:
 
     split = hub.splits[entry.split]
     try:
-        rows = datasets.load_dataset(hub.hub, name=hub.config, revision=hub.revision, split=split)
+        with quick_hub():
+            rows = datasets.load_dataset(hub.hub, name=hub.config, revision=hub.revision, split=split)
     except Exception as error:  # datasets, huggingface_hub, fsspec and the transport each raise their own
-        problem = hub_problem(error, hub.hub, what="data set", key=f"{key}.use")
-        instead = f"or download the rows yourself and add path: FILE beside use: {card.name}"
-        said = [Problem(p.what, p.where, p.key, f"{p.hint}, {instead}") for p in problem.problems]
-        raise UserError(said) from error
+        instead = f"or fetch the rows yourself and add path: FILE beside use: {card.name}"
+        raise hub_problem(error, hub.hub, what="data set", key=f"{key}.use", instead=instead) from error
     state = f"{hub.hub}@{hub.revision}/{hub.config}/{split}/{rows._fingerprint}/{len(rows)}"
     return Source(
         label=f"{hub.hub} ({split})",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import LlamaConfig
+from transformers.utils import logging
 
 from llama_ft.errors import UserError
 from llama_ft.llama.model import LlamaForCausalLM
@@ -17,8 +21,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_config(folder: Path, rope_scaling: dict | None = None) -> LlamaConfig:
     """The folder's config. UserError if it is another architecture: its weights would load and answer nonsense."""
-    import json
-
     found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if found != "llama":
         raise UserError(
@@ -36,19 +38,35 @@ def load_model(
     folder: Path, dtype: torch.dtype, *, compute_dtype: torch.dtype | None = None, rope_scaling: dict | None = None
 ) -> LlamaForCausalLM:
     """Our LLaMA with the folder's weights rounded to `dtype`, held in `compute_dtype` (None: the same)."""
-    model, report = LlamaForCausalLM.from_pretrained(
-        folder,
-        config=load_config(folder, rope_scaling),
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with quiet_transformers():
+        model, report = LlamaForCausalLM.from_pretrained(
+            folder,
+            config=load_config(folder, rope_scaling),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they come back in the report, and are refused below by name
+            output_loading_info=True,
+        )
     faults = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, v[:3]))}" for kind, v in faults.items() if v)
         raise UserError(f"the weights in {folder} do not fit its config: {found}", key="model.base")
     return model if compute_dtype in (None, dtype) else model.to(compute_dtype)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load report: what is wrong is said by us, once."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def choose_compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

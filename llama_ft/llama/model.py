@@ -288,6 +288,11 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        """Keeps generate from building its own [B, 1, L, cache] mask: a static cache gets the same one from us."""
+        return attention_mask
+
     def loss(
         self,
         input_ids: Tensor | None,

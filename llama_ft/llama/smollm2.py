@@ -64,11 +64,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes the model in a GGUF file as float32 safetensors with its tokenizer (transformers' own reader)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    from llama_ft.llama.load import quiet_transformers
+
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with quiet_transformers():
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = read.config
     # The reader marks its plain floats as quantised, which forbids saving them: copy them into a fresh model.
     if hasattr(config, "quantization_config"):

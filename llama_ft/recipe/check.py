@@ -6,6 +6,7 @@ A check that meets a key without a value (wrong, missing, unreadable parent) is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from llama_ft.errors import did_you_mean
 from llama_ft.recipe.launchers import Launcher
@@ -29,19 +30,15 @@ CONTEXT = {SHIPPED_BASE: 8192}
 def check(view: View, launcher: Launcher | None) -> None:
     """Reports every impossible combination of a recipe. `launcher` is None when the launch config is unreadable."""
     for rule in RULES:
-        _skip_unknown(lambda rule=rule: rule(view))
+        with suppress(Unknown):
+            rule(view)
     for key in view.sources():
         for source_rule in SOURCE_RULES:
-            _skip_unknown(lambda rule=source_rule, key=key: rule(view, key))
+            with suppress(Unknown):
+                source_rule(view, key)
     if launcher is not None:
-        _skip_unknown(lambda: float16_on_cpu(view, launcher))
-
-
-def _skip_unknown(rule: Callable[[], None]) -> None:
-    try:
-        rule()
-    except Unknown:
-        return
+        with suppress(Unknown):
+            float16_on_cpu(view, launcher)
 
 
 def objective_is_trainable(view: View) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llama_ft.errors import Problem, UserError
 from llama_ft.recipe.emit import lines
-from llama_ft.recipe.extends import shipped_recipes
+from llama_ft.recipe.extends import label, shipped_recipes
 from llama_ft.recipe.load import Resolved, resolve
 from llama_ft.recipe.overrides import OVERRIDE
 from llama_ft.recipe.schema import Recipe
@@ -48,7 +48,8 @@ def validate_recipes(args: list[str]) -> None:
     recipes = [arg for arg in args if not _is_override(arg)]
     overrides = [arg for arg in args if _is_override(arg)]
     if not recipes:
-        raise UserError("no recipe is named", hint="llama-ft validate RECIPE… [key=value…]; `llama-ft recipes` lists them")
+        hint = "llama-ft validate RECIPE… [key=value…]; `llama-ft recipes` lists them"
+        raise UserError("no recipe is named", hint=hint)
     problems: list[Problem] = []
     for path in recipes:
         try:
@@ -57,7 +58,7 @@ def validate_recipes(args: list[str]) -> None:
             problems += error.problems
         else:
             recipe = resolved.recipe
-            row = (recipe.name, family(resolved.files[0]), recipe.adapter.method, _base(recipe))
+            row = (recipe.name, family(resolved.files[0]), recipe.adapter.method, recipe.model.base)
             print("\t".join(row))
     if problems:
         sys.stdout.flush()
@@ -69,7 +70,7 @@ def print_resolved(recipe: str, overrides: Iterable[str]) -> None:
     resolved = resolve(recipe, overrides)
     rows = [(text, _origin(resolved, key)) for text, key in lines(resolved.recipe)]
     column = min(_COMMENT_COLUMN, max(len(text) for text, origin in rows if origin) + 2)
-    head = "# files: " + ", ".join(_short(path) for path in resolved.files)
+    head = "# files: " + ", ".join(label(path) for path in resolved.files)
     if not sys.stdout.isatty():
         print(head)
         for text, origin in rows:
@@ -92,7 +93,7 @@ def print_schema() -> None:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe *file*: `extends` is a key, a section may be null, and a parent may give what is missing."""
+    """JSON Schema of a recipe *file*: `extends` is a key, any key may be null, a parent may give what is missing."""
     schema = Recipe.model_json_schema()
     for section in [schema, *schema["$defs"].values()]:
         for name, value in section["properties"].items():
@@ -121,16 +122,11 @@ def _catalog_row(name: str, path: Path) -> tuple[str, ...]:
     try:
         resolved = resolve(path)
     except UserError as error:
-        count = len(error.problems)
-        return name, family(path), "-", "-", "-", f"not valid here: {count} problem{'s' * (count > 1)}, see validate {name}"
+        return name, family(path), "-", "-", "-", f"not valid here ({len(error.problems)}): validate {name} says why"
     recipe = resolved.recipe
     assert resolved.launcher is not None
     what = recipe.reproduces.what if recipe.reproduces else "-"
-    return name, family(path), _base(recipe), recipe.adapter.method, resolved.launcher.hardware, what
-
-
-def _base(recipe: Recipe) -> str:
-    return recipe.model.base
+    return name, family(path), recipe.model.base, recipe.adapter.method, resolved.launcher.hardware, what
 
 
 def _is_override(arg: str) -> bool:
@@ -141,16 +137,10 @@ def _origin(resolved: Resolved, key: str) -> str:
     return resolved.origins.get(key, "") if key else ""
 
 
-def _short(path: Path) -> str:
-    from llama_ft.recipe.extends import label
-
-    return label(path)
-
-
 def _or_null(value: dict[str, Any]) -> dict[str, Any]:
     """A property that may also be null, which means its default; its description stays in sight of the editor."""
     if {"type": "null"} in value.get("anyOf", []):
         return value
-    outer = {name: value[name] for name in ("title", "description", "default") if name in value}
+    outer: dict[str, Any] = {name: value[name] for name in ("title", "description", "default") if name in value}
     inner = {name: part for name, part in value.items() if name not in outer}
     return {**outer, "anyOf": [*(inner["anyOf"] if set(inner) == {"anyOf"} else [inner]), {"type": "null"}]}

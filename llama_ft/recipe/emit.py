@@ -65,7 +65,7 @@ def _inline(value: Any) -> str:
     return scalar(value)
 
 
-def scalar(value: None | bool | int | float | str) -> str:
+def scalar(value: bool | int | float | str | None) -> str:
     """A value on one line, read the same by YAML 1.1 and 1.2."""
     if value is None:
         return "null"

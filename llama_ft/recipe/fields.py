@@ -35,6 +35,11 @@ class Field:
         return next((m for m in self.members if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
     @property
+    def item_model(self) -> type[BaseModel] | None:
+        """The section that each entry of a list at this key is."""
+        return self.item.model if self.item is not None else None
+
+    @property
     def takes_any_map(self) -> bool:
         """Whether a map with free keys stands here (`rope_scaling`)."""
         return any(get_origin(member) is dict for member in self.members)
@@ -77,9 +82,8 @@ def section_models() -> dict[str, type[BaseModel]]:
     for name, field in fields_of(Recipe).items():
         if field.model is not None:
             sections[name] = field.model
-        item = field.item
-        if item is not None and item.model is not None:
-            sections[f"{name}.0"] = item.model
+        if field.item_model is not None:
+            sections[f"{name}.0"] = field.item_model
     return sections
 
 
@@ -88,5 +92,5 @@ def leaves() -> Iterator[tuple[str, Field]]:
     for section, model in section_models().items():
         for name, field in fields_of(model).items():
             key = f"{section}.{name}" if section else name
-            if field.model is None and not (field.item and field.item.model):
+            if field.model is None and not field.item_model:
                 yield key, field

@@ -13,7 +13,7 @@ from llama_ft.recipe.check import check
 from llama_ft.recipe.extends import Chain, read_chain
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.lookup import resolve_names
-from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Node
+from llama_ft.recipe.nodes import Entry, Findings
 from llama_ft.recipe.overrides import apply_overrides
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.shape import shape
@@ -50,14 +50,14 @@ def resolve(path: str | os.PathLike[str], overrides: Iterable[str] = (), *, look
     findings = Findings()
     chain = read_chain(path, findings)
     if chain is None:
-        apply_overrides(Map(findings.found[0][0], {}), overrides, findings, judge_values=False)
+        apply_overrides(None, overrides, findings)
         findings.raise_if_any()
         raise AssertionError("a recipe that cannot be read leaves a finding")
     return _judge(chain, overrides, findings, look_up)
 
 
 def _judge(chain: Chain, overrides: Sequence[str], findings: Findings, look_up: bool) -> Resolved:
-    tree = apply_overrides(chain.tree, overrides, findings)
+    tree = apply_overrides(chain.tree, overrides, findings) or chain.tree
     shaped = shape(tree, findings, complete=chain.complete)
     view = View(shaped, findings, chain.complete)
     launcher = resolve_names(view) if look_up else None
@@ -78,20 +78,15 @@ def _origins(recipe: Recipe, entries: dict[str, Entry]) -> dict[str, str]:
     """Where each leaf of the resolved recipe came from."""
     origins: dict[str, str] = {}
 
-    def walk(value: object, key: str, inherited: str) -> None:
-        entry = entries.get(key)
-        here = str(entry.node.mark) if entry is not None else inherited
+    def walk(value: object, key: str) -> None:
         if isinstance(value, dict) and key != "model.rope_scaling":
             for name, part in value.items():
-                walk(part, f"{key}.{name}" if key else name, "default")
+                walk(part, f"{key}.{name}" if key else name)
         elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
             for number, part in enumerate(value):
-                walk(part, f"{key}.{number}", "default")
+                walk(part, f"{key}.{number}")
         else:
-            origins[key] = here
+            origins[key] = str(entries[key].node.mark) if key in entries else "default"
 
-    walk(recipe.model_dump(), "", "default")
+    walk(recipe.model_dump(), "")
     return origins
-
-
-__all__ = ["Items", "Node", "Resolved", "load_recipe", "resolve"]

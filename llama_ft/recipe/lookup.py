@@ -7,17 +7,21 @@ directory, then among the shipped files; a path in an override starts from the w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from llama_ft.errors import did_you_mean
+from llama_ft.errors import did_you_mean, nearest
 from llama_ft.paths import PACKAGE, find_file, shipped_root
 from llama_ft.recipe.launchers import Launcher, read_launcher
+from llama_ft.recipe.nodes import Findings, Source, plain
 from llama_ft.recipe.schema import PRESETS
 from llama_ft.recipe.view import Unknown, View
 from llama_ft.recipe.words import one_line
+from llama_ft.recipe.yaml_reader import read_file
 
 SHIPPED_BASE = "smollm2-135m"
+_HUB_ID_LENGTH = 96  # the hub's own limit
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _TEMPLATES = PACKAGE / "data" / "templates"
 
@@ -30,6 +34,7 @@ def resolve_names(view: View) -> Launcher | None:
     for key in view.sources():
         _attempt(_data_path, view, f"{key}.path")
         _attempt(_card, view, f"{key}.use")
+        _attempt(_split, view, f"{key}.split")
     _attempt(_template, view, "template")
     _attempt(_base, view, "model.base")
     _attempt(_tokenizer, view, "model.tokenizer")
@@ -46,13 +51,11 @@ def shipped_templates() -> list[str]:
     return sorted([*(path.stem for path in _TEMPLATES.glob("*.jinja")), "base"])
 
 
-def _attempt(look, view: View, key: str) -> None:
-    try:
+def _attempt(look: Callable[[View, str, str], None], view: View, key: str) -> None:
+    with suppress(Unknown):
         text = view.value(key)
-    except Unknown:
-        return
-    if text is not None:
-        look(view, key, text)
+        if text is not None:
+            look(view, key, text)
 
 
 def _find(view: View, key: str, text: str, *, shipped: bool = True) -> Path | None:
@@ -79,94 +82,98 @@ def _siblings(view: View, key: str, text: str, patterns: Iterable[str]) -> list[
         return []
 
 
-def _missing(view: View, key: str, what: str, text: str, names: list[str], kind: str, hint: str = "") -> None:
-    text = text[:100]
-    if names:
-        hint = did_you_mean(text, names, kind=kind)
-    view.wrong(key, f"{what} '{one_line(text)}'", hint or None, of_value=True)
+def _refuse(view: View, key: str, what: str, hint: str) -> None:
+    view.wrong(key, what, hint, of_value=True)
     view.shaped.bad.add(key)
+
+
+def _missing(view: View, key: str, kind: str, names: Iterable[str]) -> None:
+    """Reports a name that leads nowhere, with the nearest of `names`."""
+    text, choices = view.value(key), set(names)
+    if choices:
+        hint = did_you_mean(text[:100], choices, kind=f"{kind}s")
+    else:
+        from_here = view.mark(key, of_value=True).line == 0
+        hint = "looked in the working directory" + ("" if from_here else " and beside the recipe")
+    _refuse(view, key, f"no such {kind} '{one_line(text)}'", hint)
 
 
 def _data_path(view: View, key: str, text: str) -> None:
     found = _find(view, key, text)
-    if found is not None and found.is_file():
-        view.replace(key, str(found))
-    elif found is not None:
-        _missing(view, key, "a file of rows is needed, this is a folder:", text, [], "")
+    if found is None:
+        _missing(view, key, "file", _siblings(view, key, text, ("*.json", "*.jsonl")))
+    elif found.is_dir():
+        _refuse(view, key, f"'{one_line(text)}' is a folder, a file of rows is needed", "add the file's name")
     else:
-        names = _siblings(view, key, text, ("*.json", "*.jsonl"))
-        start = "the working directory" if view.mark(key).line == 0 else "the recipe's folder and the working directory"
-        _missing(view, key, "no such file", text, names, "files there", f"looked in {start}")
+        view.replace(key, str(found))
 
 
 def _card(view: View, key: str, text: str) -> None:
-    if "/" not in text and not text.endswith((".yaml", ".yml")):
-        if text not in shipped_cards():
-            _missing(view, key, "no such card", text, shipped_cards(), "cards")
+    _named_file(view, key, "card", (".yaml", ".yml"), shipped_cards())
+
+
+def _split(view: View, key: str, split: str) -> None:
+    """A split that the card lacks. A card that cannot be read says nothing here; preparing the data reports it."""
+    use = view.value(f"{key.rpartition('.')[0]}.use")
+    if use is None or view.value(f"{key.rpartition('.')[0]}.path") is not None:
         return
-    found = _find(view, key, text)
-    if found is not None and found.is_file():
-        view.replace(key, str(found))
-    else:
-        names = [*_siblings(view, key, text, ("*.yaml",)), *shipped_cards()]
-        _missing(view, key, "no such card", text, names, "cards")
+    path = Path(use) if "/" in use else shipped_root() / "datasets" / f"{use}.yaml"
+    tree = read_file(path, Source(use, 0, path.parent), Findings())
+    source = plain(tree).get("source") if tree is not None else None
+    splits = (source.get("files") or source.get("splits")) if isinstance(source, dict) else None
+    if isinstance(splits, dict) and split not in splits:
+        hint = did_you_mean(split[:100], map(str, splits), kind="splits")
+        _refuse(view, key, f"the card {Path(use).stem} has no split '{one_line(split)}'", hint)
 
 
 def _template(view: View, key: str, text: str) -> None:
-    if "/" not in text and not text.endswith(".jinja"):
-        if text not in shipped_templates():
-            _missing(view, key, "no such template", text, shipped_templates(), "templates")
-        return
-    found = _find(view, key, text)
-    if found is not None and found.is_file():
+    _named_file(view, key, "template", (".jinja",), shipped_templates())
+
+
+def _named_file(view: View, key: str, kind: str, suffixes: tuple[str, ...], shipped: list[str]) -> None:
+    """A shipped name, or a path: what holds a slash or ends as such a file does."""
+    text = view.value(key)
+    is_path = "/" in text or text.endswith(suffixes)
+    found = _find(view, key, text) if is_path else None
+    if found is not None and found.is_file() and found.suffix in suffixes:
         view.replace(key, str(found))
-    else:
-        names = [*_siblings(view, key, text, ("*.jinja",)), *shipped_templates()]
-        _missing(view, key, "no such template", text, names, "templates")
+    elif is_path or text not in shipped:
+        beside = _siblings(view, key, text, [f"*{suffix}" for suffix in suffixes]) if is_path else []
+        _missing(view, key, kind, [*beside, *shipped])
 
 
 def _base(view: View, key: str, text: str) -> None:
-    if text.startswith("preset:"):
-        if text.removeprefix("preset:") not in PRESETS:
-            _missing(view, key, "no such preset", text, [f"preset:{name}" for name in PRESETS], "presets")
-        return
-    _weights(view, key, text, [SHIPPED_BASE, *(f"preset:{name}" for name in PRESETS)])
+    presets = [f"preset:{name}" for name in PRESETS]
+    if text.startswith("preset:") and text not in presets:
+        _missing(view, key, "preset", presets)
+    elif not text.startswith("preset:"):
+        _weights(view, key, text, "base model", [SHIPPED_BASE, *presets])
 
 
 def _tokenizer(view: View, key: str, text: str) -> None:
     if text.startswith("preset:"):
-        view.wrong(key, "a preset has no tokenizer", f"name a hub id, a folder or {SHIPPED_BASE}", of_value=True)
-        view.shaped.bad.add(key)
-        return
-    _weights(view, key, text, [SHIPPED_BASE])
+        _refuse(view, key, "a preset has no tokenizer", f"name a hub id, a folder or {SHIPPED_BASE}")
+    else:
+        _weights(view, key, text, "tokenizer", [SHIPPED_BASE])
 
 
-def _weights(view: View, key: str, text: str, names: list[str]) -> None:
+def _weights(view: View, key: str, text: str, kind: str, names: list[str]) -> None:
     """A base or a tokenizer: the shipped one, a path, or a hub id."""
     if text == SHIPPED_BASE:
         return
     found = _find(view, key, text, shipped=False)
-    if text.startswith(("./", "../", "/", "~")) or text in (".", "..") or text.endswith(".gguf"):
-        if found is None:
-            siblings = _siblings(view, key, text, ("*",))
-            _missing(view, key, "no such file or folder", text, siblings, "names there", "the path leads nowhere")
-        elif key == "model.base" and found.is_file() and found.suffix != ".gguf":
-            _missing(view, key, "a folder or a .gguf file is needed, not", text, [], "")
-        else:
-            view.replace(key, str(found))
-    elif found is not None and found.is_dir():
+    is_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..") or text.endswith(".gguf")
+    if is_path and found is None:
+        _missing(view, key, "file or folder", _siblings(view, key, text, ("*",)))
+    elif is_path and kind == "base model" and found is not None and found.is_file() and found.suffix != ".gguf":
+        what = f"'{one_line(text)}' is a file, a folder or a .gguf file is needed"
+        _refuse(view, key, what, "name the model's folder")
+    elif found is not None and (is_path or found.is_dir()):
         view.replace(key, str(found))
-    elif not _HUB_ID.fullmatch(text) or len(text) > 96 or ".." in text or "--" in text:
-        hint = did_you_mean(text[:100], names)
-        if not hint.startswith("did you mean"):
-            hint = f"a hub id is org/name, a folder starts with ./, or take one of {', '.join(names)}"
-        view.wrong(
-            key,
-            f"no such {'base model' if key == 'model.base' else 'tokenizer'} '{one_line(text)}'",
-            hint,
-            of_value=True,
-        )
-        view.shaped.bad.add(key)
+    elif not _HUB_ID.fullmatch(text) or len(text) > _HUB_ID_LENGTH or ".." in text or "--" in text:
+        near = nearest(text[:100], names)
+        others = f"a hub id is org/name, a path starts with ./; or {', '.join(names)}"
+        _refuse(view, key, f"no such {kind} '{one_line(text)}'", f"did you mean '{near}'?" if near else others)
 
 
 def _launch(view: View) -> Launcher | None:
@@ -176,16 +183,16 @@ def _launch(view: View) -> Launcher | None:
         return None
     found = _find(view, "launch", text)
     if found is None or not found.is_file():
-        names = [f"accelerate_configs/{path.name}" for path in (shipped_root() / "accelerate_configs").glob("*.yaml")]
-        names += _siblings(view, "launch", text, ("*.yaml",))
-        _missing(view, "launch", "no such launch config", text, sorted(set(names)), "launch configs")
+        shipped = (shipped_root() / "accelerate_configs").glob("*.yaml")
+        names = [f"accelerate_configs/{path.name}" for path in shipped]
+        _missing(view, "launch", "launch config", [*names, *_siblings(view, "launch", text, ("*.yaml",))])
         return None
     view.replace("launch", str(found))
     launcher = read_launcher(found)
     if isinstance(launcher, Launcher):
         return launcher
     for problem in launcher:
-        place = f"line {problem.where.split(':')[-2]}: " if problem.where else ""
-        view.wrong("launch", f"{found.name}: {place}{problem.what}", problem.hint, of_value=True)
+        place = f", line {problem.where.split(':')[-2]}" if problem.where else ""
+        view.wrong("launch", f"{found.name}{place}: {problem.what}", problem.hint, of_value=True)
     view.shaped.bad.add("launch")
     return None

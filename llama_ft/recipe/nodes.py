@@ -19,7 +19,7 @@ Form = Literal[
 
 @dataclass(frozen=True)
 class Source:
-    """A recipe file, or one override on the command line (`folder` is None: its paths start in the working directory)."""
+    """A recipe file, or one override on the command line (`folder` is None: paths start in the working directory)."""
 
     label: str
     order: int

@@ -23,13 +23,19 @@ class _Refused(Exception):
     """This override cannot be applied; the reason is in the findings."""
 
 
-def apply_overrides(tree: Map, overrides: Iterable[str], findings: Findings) -> Map:
-    """The tree with every override put in, in order. Mistakes go to `findings`, as `override N` (from 1)."""
+def apply_overrides(tree: Map | None, overrides: Iterable[str], findings: Findings) -> Map | None:
+    """The tree with every override put in, in order. Mistakes go to `findings`, as `override N` (from 1).
+
+    Without a tree (the recipe cannot be read) only the writing of the overrides themselves is judged.
+    """
     for number, text in enumerate(overrides, 1):
         mark = Mark(Source(f"override {number}", _FIRST + number))
         try:
             keys, value = _parse(text, mark, findings)
-            tree = _put_in_section(tree, keys, value, mark, findings)
+            if tree is not None:
+                merged = _put(tree, keys, value, mark, _Place([], None, findings))
+                assert isinstance(merged, Map)
+                tree = merged
         except (_Refused, Broken):
             continue
     return tree
@@ -62,13 +68,7 @@ def _cut(raw: str) -> bool:
     """Whether a comment sign ends an unquoted value early."""
     loader = yaml.SafeLoader(raw)
     event = next(event for event in iter(loader.get_event, None) if isinstance(event, yaml.ScalarEvent))
-    return event.end_mark.index < len(raw.rstrip())
-
-
-def _put_in_section(tree: Map, keys: list[str], value: Node, mark: Mark, findings: Findings) -> Map:
-    result = _put(tree, keys, value, mark, _Place([], None, findings))
-    assert isinstance(result, Map)
-    return result
+    return event.end_mark is not None and event.end_mark.index < len(raw.rstrip())
 
 
 class _Place:
@@ -116,11 +116,11 @@ def _put(node: Node | None, keys: list[str], value: Node, mark: Mark, place: _Pl
     # A map replaces a list here as it does in extends: eval_data.holdout=0.1 over a list of sources.
     entries = dict(node.entries) if isinstance(node, Map) else {}
     if isinstance(node, Scalar) and not is_null(node) and node.form != "empty":
-        raise place.refuse(
-            mark, keys, f"{place.walked[-1]} is {shown(node)} in the recipe, it has no keys", "mend it first"
-        )
+        what = f"{place.walked[-1]} is {shown(node)} in the recipe, it has no keys"
+        raise place.refuse(mark, keys, what, "mend the recipe first")
     known = entries.get(name)
-    entries[name] = Entry(mark, _put(known.node if known else None, rest, value, mark, place.below(name)))
+    below = _put(known.node if known else None, rest, value, mark, place.below(name))
+    entries[name] = Entry(known.mark if known and rest else mark, below)
     return Map(node.mark if isinstance(node, Map) else mark, entries, value.size)
 
 
@@ -130,14 +130,9 @@ def _no_keys_below(node: Node | None, place: _Place, name: str) -> tuple[str, st
     item = place.field.item if place.field else None
     if item is not None and item.model is not None:
         if isinstance(node, Items):
-            return (
-                f"{last} is a list, a position is needed before '{one_line(name)}'",
-                f"write {here}.0.{one_line(name)}=…",
-            )
+            what = f"{last} is a list, a position is needed before '{one_line(name)}'"
+            return what, f"write {here}.0.{one_line(name)}=…"
         return f"{last} is no list in this recipe", f"write the whole list: '{here}=[{{use: …}}]'"
     if item is not None:
         return f"{last} is a list of values", f"write the whole list: {here}=[…]"
     return f"{last} has no keys below it", f"write {here}=…"
-
-
-__all__ = ["OVERRIDE", "apply_overrides"]

@@ -11,7 +11,7 @@ import re
 
 from llama_ft.recipe.nodes import Form
 
-Value = None | bool | int | float | str
+Value = bool | int | float | str | None
 
 MAX_NUMBER_LENGTH = 40
 """Longer numbers are refused: Python's conversion is quadratic, and no key of a recipe needs one."""
@@ -27,6 +27,12 @@ _LEGACY_NUMBER = re.compile(
     r"[-+]?0[0-9]+|[-+]?[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|0b[01_]+|[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+"
 )
 _DATE = re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ][0-9:.+\-Zz ]*)?")
+
+_TEXT_FORMS: tuple[tuple[Form, re.Pattern[str]], ...] = (
+    ("non-finite", _NON_FINITE),
+    ("legacy-number", _LEGACY_NUMBER),
+    ("date", _DATE),
+)
 
 
 def read_plain(text: str) -> tuple[Form, Value]:
@@ -44,12 +50,9 @@ def read_plain(text: str) -> tuple[Form, Value]:
 
 
 def _read_number(text: str) -> tuple[Form, Value]:
-    if _NON_FINITE.fullmatch(text):
-        return "non-finite", text
-    if _LEGACY_NUMBER.fullmatch(text):
-        return "legacy-number", text
-    if _DATE.fullmatch(text):
-        return "date", text
+    for form, pattern in _TEXT_FORMS:
+        if pattern.fullmatch(text):
+            return form, text
     is_int = _INT.fullmatch(text)
     if not is_int and not _FLOAT.fullmatch(text):
         return "text", text

@@ -76,7 +76,7 @@ class Adapter(Section):
 
 
 class Data(Section):
-    """One source of rows: a shipped card (`use`) or a file (`path` and `layout`); with both, the card's layout on that file."""
+    """One source of rows: a card (`use`), a file (`path`, `layout`), or a file in a card's layout (`use`, `path`)."""
 
     use: Text | None = None
     """Name of a card in `datasets/`, or the path of a card."""

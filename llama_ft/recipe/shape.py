@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llama_ft.errors import nearest
 from llama_ft.recipe.fields import Field, fields_of
-from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, Unreadable, is_null, plain, scalars
+from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, is_null, plain, scalars
 from llama_ft.recipe.scalars import read_plain
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.words import expected, key_hint, one_line, shown
@@ -24,7 +24,7 @@ _BAD = object()
 
 @dataclass
 class Shaped:
-    """A recipe after the walk: `data` holds what passed, `bad` the dotted keys that did not, `entries` all stated ones."""
+    """A recipe after the walk: `data` is what passed, `bad` the dotted keys that did not, `entries` all stated ones."""
 
     data: dict[str, Any]
     root: Mark
@@ -73,31 +73,35 @@ class _Walk:
         return data
 
     def value(self, info: Field, node: Node, key: str) -> Any:
-        if isinstance(node, Unreadable):
-            self.shaped.bad.add(key)
-            return _BAD
+        """The value at a key whose field is known, or _BAD. Sections and lists are judged part by part."""
         if isinstance(node, Scalar):
-            value: Any = self.scalar(info, node, key)
+            value = self.scalar(info, node, key)
         elif isinstance(node, Items):
-            if info.item is None:
-                return self.mismatch(info, node, key)
-            value = [self.item(info.item, item, f"{key}.{n}") for n, item in enumerate(node.items)]
-            value = _BAD if any(item is _BAD for item in value) else value
-        elif info.model is not None:
-            if info.item is not None and not any(name in fields_of(info.model) for name in node.entries):
-                return self.mismatch(info, node, key)  # one source where a list of sources belongs
-            value = self.section(info.model, node, key)
-            return value  # its own keys were judged one by one
-        elif info.takes_any_map:
-            value = self.free_map(node, key)
+            value = self.list(info, node, key)
+        elif isinstance(node, Map):
+            value = self.map(info, node, key)
         else:
-            return self.mismatch(info, node, key)
-        has_sections = info.item is not None and info.item.model is not None
-        if value is _BAD or (has_sections and value):
+            self.shaped.bad.add(key)
+            value = _BAD
+        is_judged = isinstance(node, Map) or (isinstance(node, Items) and node.items and info.item_model is not None)
+        if value is _BAD or is_judged or _fits(info, value):
             return value
-        if not _fits(info, value):
+        return self.mismatch(info, node, key)
+
+    def list(self, info: Field, node: Items, key: str) -> Any:
+        if info.item is None:
             return self.mismatch(info, node, key)
-        return value
+        values = [self.item(info.item, item, f"{key}.{number}") for number, item in enumerate(node.items)]
+        return _BAD if any(value is _BAD for value in values) else values
+
+    def map(self, info: Field, node: Map, key: str) -> Any:
+        if info.takes_any_map:
+            return self.free_map(node, key)
+        # Where a list of sources may stand too, a map is a section only if it has one of its keys.
+        is_source = info.item is not None and not any(name in fields_of(info.model) for name in node.entries)
+        if info.model is None or is_source:
+            return self.mismatch(info, node, key)
+        return self.section(info.model, node, key)
 
     def item(self, info: Field, node: Node, key: str) -> Any:
         self.shaped.entries[key] = Entry(node.mark, node)
@@ -124,13 +128,11 @@ class _Walk:
         return plain(node)
 
     def mismatch(self, info: Field, node: Node, key: str) -> Any:
-        what = f"{info.name} is {shown(node)}, {expected(info)} is needed"
-        mark = node.mark
         if isinstance(node, Scalar):
-            what, hint = _scalar_words(info, node, key, what)
+            what, hint = _scalar_words(info, node, key)
         else:
-            hint = _container_hint(info, node, key)
-        return self.wrong(mark, key, what, hint)
+            what, hint = f"{info.name} is {shown(node)}, {expected(info)} is needed", _container_hint(info, node, key)
+        return self.wrong(node.mark, key, what, hint)
 
 
 @cache
@@ -158,35 +160,53 @@ def _missing(info: Field) -> str:
     return f"add '{info.name}: …'" + (f" ({info.description.rstrip('.')})" if info.description else "")
 
 
-def _scalar_words(info: Field, node: Scalar, key: str, what: str) -> tuple[str, str | None]:
+_READ_AS = {
+    "bool": "true or false",
+    "legacy-bool": "true or false",
+    "int": "a number",
+    "float": "a number",
+    "legacy-number": "a number",
+    "huge": "a number",
+    "non-finite": "a number",
+    "date": "a date",
+}
+
+
+def _scalar_words(info: Field, node: Scalar, key: str) -> tuple[str, str | None]:
     """What is wrong with a scalar, and what to write instead."""
-    quoted = f"quote it: {_quoted(node, key)}"
-    takes_text, takes_bool = _fits(info, "x" * 3), _fits(info, True)
-    kind = {"bool": "true or false", "legacy-bool": "true or false", "int": "a number", "float": "a number"}
-    kind |= {"legacy-number": "a number", "huge": "a number", "non-finite": "a number", "date": "a date"}
-    if takes_text and node.form in kind:
-        return f"{info.name} is {node.text[:80]}, which YAML reads as {kind[node.form]}, text is needed", quoted
-    if takes_bool and (node.form == "legacy-bool" or (node.form == "text" and _as_bool(node.text))):
-        return what, f"write {_as_bool(node.text)}"
+    if node.form in _READ_AS and _fits(info, "text"):
+        what = f"{info.name} is {one_line(node.text)}, which YAML reads as {_READ_AS[node.form]}, text is needed"
+        return what, f"quote it: {_quoted(node, key)}"
+    what = f"{info.name} is {shown(node)}, {expected(info)} is needed"
     if node.form == "non-finite":
         return what, "infinity and NaN are no settings"
     if node.form == "huge":
         return what, "this is too long or too large to be meant"
+    return what, _word_meant(info, node, key) or _list_or_section_meant(info, node)
+
+
+def _word_meant(info: Field, node: Scalar, key: str) -> str | None:
+    """What to write where true, false, a number or one of a few words is needed."""
+    if _fits(info, True) and _as_bool(node.text):
+        return "remove the quotes" if node.quoted and node.text in ("true", "false") else f"write {_as_bool(node.text)}"
     number = _number_meant(info, node)
     if number is not None:
-        return what, "remove the quotes" if node.quoted else f"write {number}"
-    if node.form == "legacy-bool" and _choices(info) and node.text.lower() in _choices(info):
-        return what, quoted
-    near = nearest(node.text[:100].lower(), _choices(info))
-    if near:
-        return what, f"did you mean '{near}'?"
+        return "remove the quotes" if node.quoted else f"write {number}"
+    words = _choices(info)
+    if node.form != "text" and node.text in words:
+        return f"quote it: {_quoted(node, key)}"
+    near = nearest(node.text[:100].lower(), words)
+    return f"did you mean '{near}'?" if near else None
+
+
+def _list_or_section_meant(info: Field, node: Scalar) -> str | None:
+    """What to write where one value stands in place of a list or of a section."""
     if info.item is not None and _fits(info, [node.value]):
-        return what, f"write it as a list: [{one_line(node.text)}]"
-    if info.model is not None:
-        first = next(iter(fields_of(info.model).values()))
-        meant = f"{{{first.name}: {one_line(node.text)}}}"
-        return what, f"write {meant}" if _fits(first, node.value) else "nest its keys below it"
-    return what, None
+        return f"write it as a list: [{one_line(node.text)}]"
+    if info.model is None:
+        return None
+    first = next(iter(fields_of(info.model).values()))
+    return f"write {{{first.name}: {one_line(node.text)}}}" if _fits(first, node.value) else "nest its keys below it"
 
 
 def _quoted(node: Scalar, key: str) -> str:
@@ -228,13 +248,11 @@ def _choices(info: Field) -> list[str]:
 
 
 def _container_hint(info: Field, node: Node, key: str) -> str | None:
-    on_line = node.mark.line > 0
-    if isinstance(node, Map) and info.item is not None:
-        return "write '- ' before its first key" if on_line else f"name a position: {key}.0.…"
-    if isinstance(node, Map) and not on_line:
-        return f"text with ': ' needs quotes: '{key}=\"…\"'"
-    if isinstance(node, Items) and info.model is not None and info.item is None:
-        return "write its keys without '- '"
+    in_file = node.mark.line > 0
+    if isinstance(node, Map):
+        if info.item is not None:
+            return "write '- ' before its first key" if in_file else f"name a position: {key}.0.…"
+        return None if in_file else f"text with ': ' needs quotes: '{key}=\"…\"'"
     if isinstance(node, Items) and not node.items:
         return f"remove {info.name} for its default"
-    return None
+    return "write its keys without '- '" if info.model is not None and info.item is None else None

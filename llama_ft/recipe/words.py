@@ -116,28 +116,29 @@ def shown(node: Node) -> str:
 def key_hint(name: str, model: type[BaseModel], prefix: str) -> str:
     """The nearest key for an unknown one: its own section's, another section's, or another project's name for it."""
     name = name[:100]
-    valid = fields_of(model)
     everywhere = _all_keys()
-    leaf = re.sub(r"\W", "_", name.split(".")[-1]).lower()
     if "." in name and re.sub(r"\.\d+\.", ".0.", name) in everywhere:
         return f"in a file it is nested: {_nested(name)}"
-    exact = [key for key in everywhere if key.split(".")[-1] == leaf and key.count(".") > 0]
-    own = nearest(leaf, valid)
-    if leaf in valid and own:
-        return f"did you mean '{own}'?"
+    leaf = re.sub(r"\W", "_", name.split(".")[-1]).lower()
+    meant = _same_name(leaf, model, prefix) or nearest(leaf, fields_of(model))
+    if not meant:
+        far = nearest(leaf, {key.split(".")[-1] for key in everywhere})
+        meant = " or ".join(key for key in everywhere if key.split(".")[-1] == far)
+    if meant:
+        return f"did you mean {meant}?"
+    return did_you_mean(name, fields_of(model), kind="keys here" if prefix else "keys")
+
+
+def _same_name(leaf: str, model: type[BaseModel], prefix: str) -> str | None:
+    """A key that is called so here, in another section, or in another project."""
+    if leaf in fields_of(model):
+        return leaf
+    exact = [key for key in _all_keys() if "." in key and key.split(".")[-1] == leaf]
     if exact:
-        return f"did you mean {' or '.join(exact)}?"
-    if leaf in valid_top() and prefix:
-        return f"did you mean {leaf}, at the top of the recipe?"
-    if leaf in OTHER_NAMES:
-        target = OTHER_NAMES[leaf]
-        return f"did you mean {target}?"
-    if own:
-        return f"did you mean '{own}'?"
-    far = nearest(leaf, {key.split(".")[-1] for key in everywhere})
-    if far:
-        return f"did you mean {' or '.join(key for key in everywhere if key.split('.')[-1] == far)}?"
-    return did_you_mean(name, valid, kind="keys here" if prefix else "keys")
+        return " or ".join(exact)
+    if prefix and leaf in valid_top():
+        return f"{leaf} at the top of the recipe"
+    return OTHER_NAMES.get(leaf)
 
 
 def valid_top() -> list[str]:
@@ -160,6 +161,3 @@ def _nested(dotted: str) -> str:
     for section in reversed(sections):
         text = f"- {text}" if section.isdigit() else f"{section}: {{{text}}}"
     return text
-
-
-__all__ = ["expected", "key_hint", "one_line", "shown", "valid_top"]

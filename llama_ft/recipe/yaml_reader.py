@@ -163,13 +163,11 @@ class _Builder:
         return None if empty else root
 
     def node(self) -> Node:
-        event = self.loader.get_event()
+        event: Any = self.loader.get_event()
         mark = self.mark(event)
-        if isinstance(event, yaml.AliasEvent):
-            node = self.alias(event.anchor, mark)
-        else:
-            node = self.fresh(event, mark)
-        self.values += node.size if isinstance(event, yaml.AliasEvent) else 1
+        is_alias = isinstance(event, yaml.AliasEvent)
+        node = self.alias(event.anchor, mark) if is_alias else self.fresh(event, mark)
+        self.values += node.size if is_alias else 1
         if self.values > MAX_VALUES:
             self.stop(mark, f"the file grows to more than {MAX_VALUES:,} values", "write less, or without aliases")
         return node

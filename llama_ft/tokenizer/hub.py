@@ -7,6 +7,8 @@ of causes. One function reads that chain and says which repository failed, why, 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from llama_ft.errors import UserError
 
@@ -20,10 +22,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_reachable(timeout: float = 5.0) -> bool:
-    """Whether the hub answers within `timeout` seconds; False when offline mode is on.
-
-    Asked once before a download, since the hub's client retries a dead network for about 25 seconds per file.
-    """
+    """Whether the hub answers within `timeout` seconds; False when offline mode is on."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -38,21 +37,38 @@ def hub_reachable(timeout: float = 5.0) -> bool:
     return True
 
 
-def hub_problem(error: BaseException, repo_id: str, *, what: str = "model", key: str | None = None) -> UserError:
+@contextmanager
+def quick_hub() -> Iterator[None]:
+    """Hub calls in this block fall back on the local cache at once when the hub does not answer.
+
+    Without it, the hub's client retries a dead network for about 25 seconds per file before it says so.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not hub_reachable()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def hub_problem(
+    error: BaseException, repo_id: str, *, what: str = "model", key: str | None = None, instead: str | None = None
+) -> UserError:
     """Translates an exception of huggingface_hub, transformers, datasets or httpx into one :class:`UserError`.
 
-    `what` is the kind of repository in words (`model`, `tokenizer`, `data set`); `key` the recipe's key that named it.
+    `what` is the kind of repository in words (`model`, `tokenizer`, `data set`); `key` the recipe's key that named it; `instead` what to give in place of a hub id (a local folder).
     The result is to be raised `from None`: the chain behind it says nothing more to a user.
     """
-    said, hint = _explain(error, repo_id, what)
+    said, hint = _explain(error, repo_id, what, instead or f"or name a local folder in place of '{repo_id}'")
     return UserError(said, key=key, hint=hint)
 
 
-def _explain(error: BaseException, repo_id: str, what: str) -> tuple[str, str]:
+def _explain(error: BaseException, repo_id: str, what: str, other: str) -> tuple[str, str]:
     names = _names(error)
     text = " ".join(str(link) for link in _chain(error))
     status = next((code for link in _chain(error) if (code := _status(link))), None)
-    other = f"or name a local folder in place of '{repo_id}'"
     if "GatedRepoError" in names or "gated repo" in text:
         todo = "request access on its hub page with the account of your token"
         if not _has_token():
@@ -114,6 +130,7 @@ def _has_token() -> bool:
 
 
 def _offline() -> bool:
+    """Whether the user switched the hub off (`quick_hub` is over by the time a failure is explained)."""
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())

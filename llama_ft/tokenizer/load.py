@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ft.errors import UserError, did_you_mean, nearest
-from llama_ft.tokenizer.hub import hub_problem, hub_reachable, is_hub_id
+from llama_ft.tokenizer.hub import hub_problem, is_hub_id, quick_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,9 +107,8 @@ def _from_hub(repo_id: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            repo_id, revision=revision or "main", local_files_only=not hub_reachable(), trust_remote_code=False
-        )
+        with quick_hub():
+            return AutoTokenizer.from_pretrained(repo_id, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         raise hub_problem(error, repo_id, what="tokenizer") from error
 

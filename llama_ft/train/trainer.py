@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
+from llama_ft.data.order import document_order
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.files import publish
 from llama_ft.llama.head import IGNORE
@@ -61,6 +63,23 @@ def training_arguments(recipe: Recipe, run: Run, micro_batch: int, accumulation:
     )
 
 
+class EpochOrder(Sampler[int]):
+    """Feeds the trainer :func:`document_order`; accelerate tells it the epoch."""
+
+    def __init__(self, documents: int, seed: int):
+        self.documents, self.seed, self.epoch = documents, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before every pass, and after a resume."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.documents
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(document_order(self.documents, self.seed, self.epoch).tolist())
+
+
 class LlamaTrainer(SFTTrainer):
     """Trains on documents that are ids and labels already.
 
@@ -91,6 +110,9 @@ class LlamaTrainer(SFTTrainer):
             self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
             self.labelled_seen += int((inputs["labels"] != IGNORE).sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return EpochOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
