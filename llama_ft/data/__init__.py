@@ -1,0 +1,1 @@
+"""Rows -> conversations -> token ids and labels -> micro-batches."""

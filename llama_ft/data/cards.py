@@ -30,7 +30,7 @@ class Hub(Section):
     """Commit, tag or branch; null takes the hub's default."""
     config: Text | None = None
     """Configuration name, for a repository that has several."""
-    splits: Annotated[dict[StrictStr, Text], Field(min_length=1)] = {"train": "train"}
+    splits: Annotated[dict[StrictStr, Text], Field(min_length=1, default_factory=lambda: {"train": "train"})]
     """Split name in a recipe -> split name on the hub."""
 
 
@@ -121,7 +121,8 @@ def _note(tree: Map, detail: Any, findings: Findings) -> None:
     name = ".".join(loc)
     kind = detail["type"]
     if kind == "extra_forbidden":
-        valid = {"source": [*Files.model_fields, *Hub.model_fields]}.get(loc[0] if depth > 1 else "", list(Card.model_fields))
+        inside = depth > 1 and loc[0] == "source"
+        valid = [*Files.model_fields, *Hub.model_fields] if inside else list(Card.model_fields)
         match = nearest(loc[-1], valid)
         hint = f"did you mean '{match}'?" if match else f"keys here: {', '.join(valid)}"
         findings.add(mark, "unknown key", key=name, hint=hint)

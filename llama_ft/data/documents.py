@@ -51,42 +51,53 @@ def read_documents(source: Source, renderer: Renderer, sequence: Sequence, probl
 
     Malformed rows are noted in `problems`; from the first one on, rows are only checked and nothing more is yielded.
     """
-    pending: list[tuple[int, Any]] = []
+    pending: list[_Row] = []
     for row, value in source.rows(problems):
-        pending.append((row, value))
+        read = _read(source, row, value, renderer, problems)
+        if read is not None and not problems:
+            pending.append(read)
         if len(pending) == CHUNK:
-            yield from _chunk(source, pending, renderer, sequence, problems)
+            yield from _encode(pending, renderer, sequence)
             pending = []
-    yield from _chunk(source, pending, renderer, sequence, problems)
+    if not problems:
+        yield from _encode(pending, renderer, sequence)
 
 
-def _chunk(
-    source: Source, rows: list[tuple[int, Any]], renderer: Renderer, sequence: Sequence, problems: Problems
-) -> Iterator[Document]:
-    outcomes: list[tuple[int, Conversation, str | None, Rendered | None]] = []
-    for row, value in rows:
-        where = source.where(row)
-        conversation, reason = to_conversation(value, source.layout, source.columns, where, problems)
-        if conversation is None:
+@dataclass(frozen=True)
+class _Row:
+    """A row that is well formed: rendered, or to be dropped for a reason."""
+
+    row: int
+    conversation: Conversation
+    dropped: str | None
+    rendered: Rendered | None
+
+
+def _read(source: Source, row: int, value: Any, renderer: Renderer, problems: Problems) -> _Row | None:
+    where = source.where(row)
+    conversation, reason = to_conversation(value, source.layout, source.columns, where, problems)
+    if conversation is None:
+        return None
+    conversation = with_system(conversation, source.system)
+    if reason is not None:
+        return _Row(row, conversation, reason, None)
+    try:
+        return _Row(row, conversation, None, renderer.render(conversation))
+    except TemplateRefusal as refusal:
+        problems.add(str(refusal), where=where, key="template")
+        return None
+
+
+def _encode(rows: list[_Row], renderer: Renderer, sequence: Sequence) -> Iterator[Document]:
+    rendered = [row.rendered for row in rows if row.rendered is not None]
+    encoded = iter(renderer.encode(rendered, sequence.train_on))
+    for row in rows:
+        if row.rendered is not None:
+            yield _fit(row.row, row.conversation, next(encoded), sequence)
             continue
-        conversation = with_system(conversation, source.system)
-        rendered = None
-        if reason is None:
-            try:
-                rendered = renderer.render(conversation)
-            except TemplateRefusal as refusal:
-                problems.add(str(refusal), where=where, key="template")
-        outcomes.append((row, conversation, reason, rendered))
-    if problems:
-        return
-    encoded = iter(renderer.encode([r for *_, r in outcomes if r is not None], sequence.train_on))
-    for row, conversation, reason, rendered in outcomes:
-        if rendered is None:
-            text = "\n\n".join(message["content"] for message in conversation)
-            empty = np.empty(0, dtype=np.int32)
-            yield Document(row, conversation, text, empty, empty, [], dropped=reason)
-        else:
-            yield _fit(row, conversation, next(encoded), sequence)
+        text = "\n\n".join(message["content"] for message in row.conversation)
+        empty = np.empty(0, dtype=np.int32)
+        yield Document(row.row, row.conversation, text, empty, empty, [], dropped=row.dropped)
 
 
 def _fit(row: int, conversation: Conversation, encoded: Encoded, sequence: Sequence) -> Document:
@@ -99,7 +110,5 @@ def _fit(row: int, conversation: Conversation, encoded: Encoded, sequence: Seque
     if sequence.overlong == "drop":
         return replace(document, dropped=OVERLONG)
     text = text[: offsets[limit - 1][1]]
-    cut = replace(
-        document, text=text, ids=ids[:limit], labels=labels[:limit], offsets=offsets[:limit], truncated=True
-    )
+    cut = replace(document, text=text, ids=ids[:limit], labels=labels[:limit], offsets=offsets[:limit], truncated=True)
     return cut if cut.labelled else replace(cut, dropped=NO_LABEL)

@@ -19,20 +19,36 @@ from llama_ft.errors import UserError, nearest
 SUFFIXES = (".json", ".jsonl")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LFS = b"version https://git-lfs"
-_WIDE_BOMS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+# In this order: the UTF-32 mark begins with the UTF-16 one.
+_WIDE_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _CONFLICT = re.compile(r"\s*(<<<<<<< |=======\s|>>>>>>> )")
+
+
+def shown(path: Path) -> str:
+    """A path as messages and reports name it: from the working directory if it lies there, else whole."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
 
 
 def check_file(path: Path, *, key: str | None = None) -> None:
     """Raises :class:`UserError` unless `path` is a readable, non-empty .json or .jsonl file that git really fetched."""
 
     def refuse(what: str, hint: str | None = None) -> None:
-        raise UserError(what, where=str(path), key=key, hint=hint)
+        raise UserError(what, where=shown(path), key=key, hint=hint)
 
     if path.is_dir():
         refuse("is a folder, a .json or .jsonl file is expected", f"files in it: {_listed(path)}")
     if not path.exists():
         refuse("no such file", _beside(path))
+    if not path.is_file():
+        refuse("is not an ordinary file", "name a .json or .jsonl file")
     if path.suffix.lower() not in SUFFIXES:
         name = f"'{path.suffix}' files" if path.suffix else "files without an ending"
         refuse(f"{name} are not read", "expected .json (an array of rows) or .jsonl (one row per line)")
@@ -45,7 +61,7 @@ def check_file(path: Path, *, key: str | None = None) -> None:
         refuse("the file is empty (0 bytes)", "expected rows: was it fetched completely?")
     if head.startswith(_LFS):
         refuse("is a Git LFS pointer, not the data itself", "fetch the data with `git lfs pull`")
-    for mark, name in _WIDE_BOMS.items():
+    for mark, name in _WIDE_MARKS.items():
         if head.startswith(mark):
             refuse(f"is {name}, UTF-8 is expected", f"convert it: iconv -f {name} -t UTF-8")
 
@@ -71,7 +87,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[tuple[int, Any]]:
     for rows, (row, value) in enumerate(reader(path, problems), start=1):  # noqa: B007
         yield row, value
     if not rows and problems.count == before:
-        problems.add("the file holds no rows", where=str(path))
+        problems.add("the file holds no rows", where=shown(path))
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, Any]]:
@@ -89,13 +105,13 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, Any]]:
             row += 1
             if row == 0 and line.lstrip().startswith("["):
                 what = "a JSON array in a .jsonl file: found '[', expected one object per line"
-                problems.add(what, where=f"{path}, row 0", hint=f"rename it to {path.stem}.json")
+                problems.add(what, where=f"{shown(path)}, row 0", hint=f"rename it to {path.stem}.json")
                 return
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 _not_json(path, row, line, error, problems, last=not raw.endswith(b"\n"))
-                if line.strip() in ("{", "[") or _CONFLICT.match(line):
+                if line.strip() == "{" or _CONFLICT.match(line):
                     return  # every further line would only repeat it
                 continue
             yield row, value
@@ -119,7 +135,7 @@ def _elements(path: Path, text: str, problems: Problems) -> Iterator[tuple[int, 
     """The elements of the one array that `text` must be."""
     decoder = json.JSONDecoder()
     at = _skip(text, 0)
-    if not text[at : at + 1] == "[":
+    if text[at : at + 1] != "[":
         _no_array(path, text, at, problems)
         return
     at, row = _skip(text, at + 1), 0
@@ -155,13 +171,13 @@ def _tail(path: Path, text: str, at: int, problems: Problems) -> None:
     at = _skip(text, at)
     if at < len(text):
         line = text.count("\n", 0, at) + 1
-        problems.add(f"text after the array's closing bracket (line {line}): found {found(text[at:])}", where=str(path))
+        problems.add(f"text after the array's closing bracket (line {line}): found {found(text[at:])}", where=shown(path))
 
 
 def _no_array(path: Path, text: str, at: int, problems: Problems) -> None:
     """Says what a .json that does not begin with '[' is instead."""
     if at == len(text):
-        problems.add("the file holds no rows, only blank space", where=str(path))
+        problems.add("the file holds no rows, only blank space", where=shown(path))
         return
     rename = f"one row per line is .jsonl: rename it to {path.stem}.jsonl"
     try:
@@ -174,19 +190,19 @@ def _no_array(path: Path, text: str, at: int, problems: Problems) -> None:
         if text[at] == "{":
             _not_json(path, 0, text, error, problems, last=True)
         else:
-            problems.add(f"not JSON: begins with {opening}, expected '[' (an array of rows)", where=str(path))
+            problems.add(f"not JSON: begins with {opening}, expected '[' (an array of rows)", where=shown(path))
         return
     if _skip(text, end) < len(text):
         what = "lines of values where one array of rows is expected"
-        problems.add(what, where=str(path), hint=rename)
+        problems.add(what, where=shown(path), hint=rename)
         return
     lists = [key for key, part in value.items() if isinstance(part, list)] if isinstance(value, dict) else []
     hint = f"the rows may be under '{lists[0]}': save that list alone" if lists else rename
-    problems.add(f"found {found(value)}, expected an array of rows", where=str(path), hint=hint)
+    problems.add(f"found {found(value)}, expected an array of rows", where=shown(path), hint=hint)
 
 
 def _not_json(path: Path, row: int, text: str, error: Exception, problems: Problems, *, last: bool) -> None:
-    where = f"{path}, row {row}"
+    where = f"{shown(path)}, row {row}"
     if isinstance(error, RecursionError):
         problems.add("nested too deeply to be a row of data", where=where)
         return
@@ -204,16 +220,17 @@ def _not_json(path: Path, row: int, text: str, error: Exception, problems: Probl
         return
     place = f"line {error.lineno}, column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
     at = found(text[error.pos : error.pos + 30])
-    if text.strip() == "{":
-        hint = "a row must stand on one line of a .jsonl"
-    else:
-        hint = "expected " + ("one JSON object per line" if path.suffix.lower() == ".jsonl" else "a JSON array of objects")
+    lines = path.suffix.lower() == ".jsonl"
+    if lines and text.strip() == "{":
+        problems.add("found '{' alone, expected a whole object on one line", where=where, hint="join each row's lines")
+        return
+    hint = "expected one JSON object per line" if lines else "expected a JSON array of objects"
     problems.add(f"not JSON ({error.msg}, {place}): found {at}", where=where, hint=hint)
 
 
 def _not_utf8(path: Path, row: int, byte: int, problems: Problems) -> None:
     what = f"found byte 0x{byte:02x}, expected UTF-8 text"
-    problems.add(what, where=f"{path}, row {row}", hint="save the file as UTF-8 (iconv -f LATIN1 -t UTF-8, for example)")
+    problems.add(what, where=f"{shown(path)}, row {row}", hint="save it as UTF-8 (for example iconv -f LATIN1 -t UTF-8)")
 
 
 def _listed(folder: Path) -> str:

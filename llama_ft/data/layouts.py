@@ -40,9 +40,15 @@ EMPTY_TURN = "empty user turn"
 NO_ANSWER = "ends on the user"
 
 # Keys that say which layout a row of another kind has.
-_SIGNS = {"messages": "messages", "conversations": "sharegpt", "chosen": "preference", "completion": "prompt-completion"}
+_SIGNS = {
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "chosen": "preference",
+    "completion": "prompt-completion",
+}
 # Message keys that change what is trained or shown; ignoring them would be a silent loss.
-_UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "train", "weight", "loss")
+_TOOLS = ("tool_calls", "tool_call_id", "function_call")
+_UNSUPPORTED = (*_TOOLS, "reasoning_content", "thinking", "train", "weight", "loss")
 
 
 def check_layout(layout: str | None, columns: Mapping[str, str] | None, *, key: str) -> str:

@@ -30,22 +30,23 @@ def check_template(renderer: Renderer, train_on: str) -> list[Fault]:
     template = renderer.template
     if train_on != "all" and not template.has_generation:
         hint = "name a shipped template (such as chatml), mark the answers in a copy of this one, or set train_on: all"
-        what = f"the template '{template.name}' does not mark answers with {{% generation %}}, so nothing could be labelled"
+        what = (
+            f"the template '{template.name}' does not mark answers with {{% generation %}}: nothing could be labelled"
+        )
         raise UserError(what, key="template", hint=hint)
-    missing = renderer.missing_control()
-    if missing:
-        what = f"the template '{template.name}' writes {', '.join(missing)}, not tokens of this tokenizer"
-        hint = "name another template, or a tokenizer that has them"
-        return [Fault("control-tokens", f"{what}: they would be cut into letters", None, hint)]
     try:
         end = renderer.end_token_id
     except TemplateRefusal as refusal:
         what = f"the template '{template.name}' refuses one question with one answer: {refusal}"
         raise UserError(what, key="template") from refusal
+    missing = renderer.missing_control()
+    if missing:
+        what = f"the template '{template.name}' writes {', '.join(missing)}, not tokens of this tokenizer"
+        hint = "name another template, or a tokenizer that has them"
+        return [Fault("control-tokens", f"{what}: they would be cut into letters", None, hint)]
     if end is None and train_on != "all":
-        hint = "write the end token inside {% generation %} … {% endgeneration %}"
-        what = f"answers of the template '{template.name}' end without a labelled control token: the model would not stop"
-        return [Fault("end-token-unlabelled", what, None, hint)]
+        what = f"an answer of the template '{template.name}' ends without a labelled control token"
+        return [Fault("end-token-unlabelled", f"{what}: the model would not learn to stop", None, _CLOSE)]
     return []
 
 

@@ -36,12 +36,6 @@ class Problems:
 
 def found(value: Any) -> str:
     """A JSON value as a message names it: `null`, `a number (42)`, `text 'abc…'`, `an object with keys a, b`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return f"a number ({_cut(str(value), 24)})"
     if isinstance(value, str):
         return f"text {_cut(value, 40)!r}" if value else "empty text"
     if isinstance(value, dict):
@@ -49,7 +43,9 @@ def found(value: Any) -> str:
         return f"an object with keys {keys}{', …' if len(value) > 6 else ''}" if value else "an empty object"
     if isinstance(value, list):
         return f"a list of {len(value)}" if value else "an empty list"
-    return f"a {type(value).__name__}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"a number ({_cut(str(value), 24)})"
+    return {None: "null", True: "true", False: "false"}.get(value) or f"a {type(value).__name__}"
 
 
 def _cut(text: str, length: int) -> str:

@@ -16,7 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -70,7 +70,6 @@ class Renderer:
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerFast):
         self.template = template
         self.tokenizer = tokenizer
-        self._variables = dict(tokenizer.special_tokens_map)
         # Special tokens are control strings everywhere, other added tokens only where the template writes them.
         self.control = [
             token.content
@@ -107,7 +106,7 @@ class Renderer:
         return [token for token in self.template.declared_control if token not in self.control]
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
-        """Renders a conversation to text and spans. Raises :class:`TemplateRefusal` when the template does not take it."""
+        """Renders a conversation; raises :class:`TemplateRefusal` when the template does not take it."""
         risky = any(self._control.search(text) for message in conversation for text in _texts(message))
         messages = [self._stand_for_control(message) for message in conversation] if risky else conversation
         text, spans = self._run(messages, add_generation_prompt)
@@ -141,24 +140,32 @@ class Renderer:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        marked = self.template.has_generation
+        variables: dict[str, Any] = {
+            **self.tokenizer.special_tokens_map,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],  # type: ignore[list-item]
+            # Annotated by transformers as a str, it returns a list of texts and a list of span lists.
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
                 chat_template=self.template.source,
-                return_assistant_tokens_mask=self.template.has_generation,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
+                return_assistant_tokens_mask=marked,
+                **variables,
             )
         # A template is a program of the user's: whatever it trips over is told as its refusal of this row.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefusal(str(error) or type(error).__name__) from error
-        return texts[0], list(spans[0]) if spans else []
+        (text,), spans = rendered
+        return text, list(spans[0]) if marked else []
 
     def _refuse_loss(self, messages: Conversation, text: str) -> None:
         """A template that knows no `input` or no system role would drop them without a word."""
         for message in messages:
             if "input" in message and message["input"].strip() not in text:
-                raise TemplateRefusal(f"the template '{self.template.name}' leaves out the row's input; alpaca and chatml take it")
+                raise TemplateRefusal(
+                    f"the template '{self.template.name}' leaves out the row's input; alpaca takes it"
+                )
             if message["role"] == "system" and message["content"].strip() not in text:
                 raise TemplateRefusal(f"the template '{self.template.name}' leaves out the system prompt")
 
@@ -170,7 +177,7 @@ class Renderer:
         return changed
 
     def _unseal(self, text: str, spans: list[Span]) -> Rendered:
-        """Text as a reader sees it, and beside it the sealed text, where only the template's control tokens are such."""
+        """The text as a reader sees it, and its sealed form, where only the template's control tokens are such."""
         # Three texts run in parallel: with stand-ins (where the spans are), plain, and sealed.
         plain: list[str] = []
         sealed: list[str] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.data.cards import Card, Files, Hub, load_card
-from llama_ft.data.files import check_file, read_rows, sha256_of
+from llama_ft.data.files import check_file, read_rows, sha256_of, shown
 from llama_ft.data.layouts import check_layout
 from llama_ft.data.problems import Problems
 from llama_ft.errors import Problem, UserError
@@ -79,7 +79,7 @@ def _open(entry: Data, key: str) -> Source:
 def _file(path: Path, key: str, layout: str, columns: Mapping[str, str] | None, entry: Data) -> Source:
     check_file(path, key=key)
     return Source(
-        label=str(path),
+        label=shown(path),
         layout=layout,
         fingerprint=sha256_of(path),
         columns=columns,

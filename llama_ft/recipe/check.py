@@ -13,7 +13,7 @@ from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.lookup import SHIPPED_BASE
 from llama_ft.recipe.schema import TRAINABLE, TRAINABLE_METHODS
 from llama_ft.recipe.view import Unknown, View
-from llama_ft.recipe.words import one_line
+from llama_ft.recipe.yaml_words import one_line
 
 CANNOT_PACK = ("reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo")
 """Objectives whose documents are compared with each other: one at a time in a row."""
@@ -70,7 +70,7 @@ def full_has_no_adapter(view: View) -> None:
     for name in ("r", "alpha", "dropout", "targets"):
         if view.stated(f"adapter.{name}"):
             what = f"{name} belongs to lora and qlora, method: full trains every weight"
-            view.wrong(f"adapter.{name}", what, f"remove it, or write {name}: null where a parent sets it")
+            view.wrong(f"adapter.{name}", what, f"remove it; where a parent sets it, write {name}: null")
 
 
 def targets_exist(view: View) -> None:
@@ -138,12 +138,14 @@ def micro_batch_divides(view: View) -> None:
 
 
 def some_source_weighs(view: View) -> None:
-    keys = [key for key in view.sources() if key.startswith("data.")]
-    if keys and all(view.value(f"{key}.weight") == 0 for key in keys):
+    count = len(view.value("data"))
+    if all(view.value(f"data.{number}.weight") == 0 for number in range(count)):
         view.wrong("data", "every source has weight 0, there is nothing to train on", "give one a weight above 0")
 
 
 def source_is_named(view: View, key: str) -> None:
+    if any(bad.startswith(f"{key}.") for bad in view.shaped.bad):
+        return  # a mistyped key may be the one that is missed here
     use, path, layout = (view.value(f"{key}.{name}") for name in ("use", "path", "layout"))
     if use is None and path is None:
         view.wrong(
@@ -165,9 +167,7 @@ def layout_fits_objective(view: View, key: str) -> None:
     if layout is None:
         return
     if objective == "sft" and layout == "preference":
-        view.wrong(
-            f"{key}.layout", "sft cannot train on preference rows", "dpo and its kin do; sft takes conversations"
-        )
+        view.wrong(f"{key}.layout", "sft cannot train on preference rows", "sft takes conversations; dpo takes pairs")
     if objective == "pretrain" and layout != "text":
         view.wrong(
             f"{key}.layout", f"pretrain reads layout text, not {layout}", "write layout: text, or objective: sft"

@@ -34,7 +34,7 @@ def print_catalog() -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in COLUMNS:
-        table.add_column(column, overflow="fold", no_wrap=column == "recipe")
+        table.add_column(column, no_wrap=column in ("recipe", "base", "method"))
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_ft.errors import UserError, did_you_mean
+from llama_ft.errors import UserError, did_you_mean, nearest
 from llama_ft.paths import find_file, shipped_root
+from llama_ft.recipe.fields import leaves
 from llama_ft.recipe.nodes import Entry, Findings, Map, Mark, Node, Scalar, Source, is_null, merge
-from llama_ft.recipe.yaml_reader import read_file
+from llama_ft.recipe.words import shown
+from llama_ft.recipe.yaml_reader import names_in, read_file
+from llama_ft.recipe.yaml_words import one_line
 
 
 @dataclass
@@ -79,7 +83,7 @@ def find_recipe(name: str | os.PathLike[str], *, beside: Path | None = None) -> 
         except (OSError, RuntimeError, ValueError):  # a name too long, a NUL, ~nobody
             continue
         if found is not None and not found.is_dir():
-            return found
+            return found.resolve()
         folder = folder or found
     return folder
 
@@ -102,28 +106,31 @@ def label(path: Path) -> str:
 def _parent_path(entry: Entry, folder: Path, findings: Findings) -> Path | None:
     node = entry.node
     if not isinstance(node, Scalar) or node.form != "text" or not node.text:
-        kind = f"'{node.text}'" if isinstance(node, Scalar) else "not one"
+        kind = shown(node)
         what = f"extends is {kind}, the path of one recipe is needed"
         findings.add(node.mark, what, key="extends", hint="write extends: ../_base/lora.yaml")
         return None
     found = find_recipe(node.text, beside=folder)
-    if found is None:
-        what = f"no such recipe '{node.text}'"
-        findings.add(node.mark, what, key="extends", hint=_recipe_hint(node.text, beside=folder))
-    return found
+    if found is not None and not found.is_dir():
+        return found
+    what = f"'{one_line(node.text)}' is a folder" if found else f"no such recipe '{one_line(node.text)}'"
+    hint = names_in(found) if found else _recipe_hint(node.text, beside=folder)
+    findings.add(node.mark, what, key="extends", hint=hint)
+    return None
 
 
 def _recipe_hint(name: str, beside: Path | None = None) -> str:
     """The nearest recipe: among the files of the folder that was named, then among the shipped ones."""
-    shipped = list(shipped_recipes())
+    if re.sub(r"\.\d+", ".0", name) in (key for key, _ in leaves()):
+        return f"an override is written {name}=VALUE"
     try:
         folder = ((beside or Path()) / Path(name).expanduser()).parent
         siblings = {path.name: str(Path(name).parent / path.name) for path in folder.glob("*.y*ml")}
     except (OSError, RuntimeError, ValueError):
         siblings = {}
-    hint = did_you_mean(Path(name).name, siblings)
-    if hint.startswith("did you mean"):
-        near = next(path for file, path in siblings.items() if f"'{file}'" in hint)
-        return f"did you mean '{near}'?"
-    bare = name.removeprefix("recipes/").removesuffix(".yaml").removesuffix(".yml")
-    return did_you_mean(bare, shipped, kind="shipped recipes")
+    near = nearest(Path(name).name[:100], siblings)
+    if near:
+        return f"did you mean '{siblings[near]}'?"
+    bare = name[:100].removeprefix("recipes/").removesuffix(".yaml").removesuffix(".yml")
+    parents = ["_base/full", "_base/lora"] if beside is not None else []
+    return did_you_mean(bare, [*parents, *shipped_recipes()], kind="shipped recipes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -71,7 +71,9 @@ def fields_of(model: type[BaseModel]) -> dict[str, Field]:
     for name, info in model.model_fields.items():
         whole = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
         default = None if info.default is PydanticUndefined else info.default
-        fields[name] = Field(name, whole, info.is_required(), default, " ".join((info.description or "").split()))
+        field = Field(name, whole, info.is_required(), default, "")
+        text = info.description or (field.model.__doc__ if field.model else "") or ""
+        fields[name] = replace(field, description=" ".join(text.split()))
     return fields
 
 

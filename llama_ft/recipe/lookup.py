@@ -17,8 +17,8 @@ from llama_ft.recipe.launchers import Launcher, read_launcher
 from llama_ft.recipe.nodes import Findings, Source, plain
 from llama_ft.recipe.schema import PRESETS
 from llama_ft.recipe.view import Unknown, View
-from llama_ft.recipe.words import one_line
 from llama_ft.recipe.yaml_reader import read_file
+from llama_ft.recipe.yaml_words import one_line
 
 SHIPPED_BASE = "smollm2-135m"
 _HUB_ID_LENGTH = 96  # the hub's own limit
@@ -87,11 +87,12 @@ def _refuse(view: View, key: str, what: str, hint: str) -> None:
     view.shaped.bad.add(key)
 
 
-def _missing(view: View, key: str, kind: str, names: Iterable[str]) -> None:
-    """Reports a name that leads nowhere, with the nearest of `names`."""
-    text, choices = view.value(key), set(names)
-    if choices:
-        hint = did_you_mean(text[:100], choices, kind=f"{kind}s")
+def _missing(view: View, key: str, kind: str, names: list[str], beside: Iterable[str] = ()) -> None:
+    """Reports a name that leads nowhere, with the nearest of the shipped `names` and of the files `beside` it."""
+    text = view.value(key)
+    near = nearest(text[:100], [*names, *beside])
+    if near or names:
+        hint = f"did you mean '{near}'?" if near else did_you_mean(text[:100], names, kind=f"{kind}s")
     else:
         from_here = view.mark(key, of_value=True).line == 0
         hint = "looked in the working directory" + ("" if from_here else " and beside the recipe")
@@ -101,7 +102,7 @@ def _missing(view: View, key: str, kind: str, names: Iterable[str]) -> None:
 def _data_path(view: View, key: str, text: str) -> None:
     found = _find(view, key, text)
     if found is None:
-        _missing(view, key, "file", _siblings(view, key, text, ("*.json", "*.jsonl")))
+        _missing(view, key, "file", [], _siblings(view, key, text, ("*.json", "*.jsonl")))
     elif found.is_dir():
         _refuse(view, key, f"'{one_line(text)}' is a folder, a file of rows is needed", "add the file's name")
     else:
@@ -139,7 +140,7 @@ def _named_file(view: View, key: str, kind: str, suffixes: tuple[str, ...], ship
         view.replace(key, str(found))
     elif is_path or text not in shipped:
         beside = _siblings(view, key, text, [f"*{suffix}" for suffix in suffixes]) if is_path else []
-        _missing(view, key, kind, [*beside, *shipped])
+        _missing(view, key, kind, shipped, beside)
 
 
 def _base(view: View, key: str, text: str) -> None:
@@ -164,7 +165,7 @@ def _weights(view: View, key: str, text: str, kind: str, names: list[str]) -> No
     found = _find(view, key, text, shipped=False)
     is_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..") or text.endswith(".gguf")
     if is_path and found is None:
-        _missing(view, key, "file or folder", _siblings(view, key, text, ("*",)))
+        _missing(view, key, "file or folder", [], _siblings(view, key, text, ("*",)))
     elif is_path and kind == "base model" and found is not None and found.is_file() and found.suffix != ".gguf":
         what = f"'{one_line(text)}' is a file, a folder or a .gguf file is needed"
         _refuse(view, key, what, "name the model's folder")
@@ -185,7 +186,7 @@ def _launch(view: View) -> Launcher | None:
     if found is None or not found.is_file():
         shipped = (shipped_root() / "accelerate_configs").glob("*.yaml")
         names = [f"accelerate_configs/{path.name}" for path in shipped]
-        _missing(view, "launch", "launch config", [*names, *_siblings(view, "launch", text, ("*.yaml",))])
+        _missing(view, "launch", "launch config", names, _siblings(view, "launch", text, ("*.yaml",)))
         return None
     view.replace("launch", str(found))
     launcher = read_launcher(found)

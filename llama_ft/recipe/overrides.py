@@ -10,8 +10,9 @@ import yaml
 from llama_ft.recipe.fields import Field, fields_of
 from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, Source, is_null
 from llama_ft.recipe.schema import Recipe
-from llama_ft.recipe.words import key_hint, one_line, shown
+from llama_ft.recipe.words import key_hint, shown
 from llama_ft.recipe.yaml_reader import Broken, parse
+from llama_ft.recipe.yaml_words import one_line
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.DOTALL)
 """How an override starts; what does not start so is a recipe's path."""
@@ -56,7 +57,7 @@ def _parse(text: str, mark: Mark, findings: Findings) -> tuple[list[str], Node]:
         raise refuse("extends cannot be overridden", "write a recipe of a few lines that extends the other parent")
     if not raw.strip():
         raise refuse("nothing stands after '='", f"write {key}=null for the default, or '{key}=\"\"' for an empty text")
-    node = parse(raw, mark.source, findings, inline=True)
+    node = parse(raw, mark.source, findings, key=key)
     if node is None:
         raise refuse(f"'{one_line(raw)}' holds no value", f"quote it: '{key}=\"{one_line(raw)}\"'")
     if isinstance(node, Scalar) and not node.quoted and _cut(raw):
@@ -108,7 +109,7 @@ def _put(node: Node | None, keys: list[str], value: Node, mark: Mark, place: _Pl
         items[index] = _put(items[index], rest, value, mark, place.entry(name))
         return Items(node.mark, items, node.size + value.size)
     model = place.model()
-    if model is None or (isinstance(node, Items) and name not in fields_of(model)):
+    if name.isdigit() or model is None or (isinstance(node, Items) and name not in fields_of(model)):
         raise place.refuse(mark, keys, *_no_keys_below(node, place, name))
     if name not in fields_of(model):
         hint = key_hint(name, model, ".".join(place.walked))

@@ -182,7 +182,7 @@ class Recipe(Section):
     """Launch config for `llama-ft train`."""
     export: Export = Export()
     output_dir: Text | None = None
-    """Run folder; null is runs/<name>."""
+    """Run folder; null is `runs/NAME`."""
 
     @property
     def run_dir(self) -> str:

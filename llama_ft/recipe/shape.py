@@ -17,7 +17,8 @@ from llama_ft.recipe.fields import Field, fields_of
 from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, is_null, plain, scalars
 from llama_ft.recipe.scalars import read_plain
 from llama_ft.recipe.schema import Recipe
-from llama_ft.recipe.words import expected, key_hint, one_line, shown
+from llama_ft.recipe.words import expected, key_hint, shown
+from llama_ft.recipe.yaml_words import one_line
 
 _BAD = object()
 
@@ -55,9 +56,7 @@ class _Walk:
         for name, entry in node.entries.items():
             key = f"{path}.{name}" if path else name
             if name not in fields:
-                self.findings.add(
-                    entry.mark, f"unknown key '{one_line(name)}'", key=one_line(key), hint=_unknown(name, model, path)
-                )
+                self.wrong(entry.mark, one_line(key), f"unknown key '{one_line(name)}'", _unknown(name, model, path))
                 continue
             self.shaped.entries[key] = entry
             if is_null(entry.node):
@@ -68,7 +67,10 @@ class _Walk:
         for name, info in fields.items():
             stated = name in node.entries and not is_null(node.entries[name].node)
             if info.required and not stated and self.complete:
+                # A parent may be incomplete on purpose; the recipe that is read may not.
+                is_whole = node.mark.source == self.shaped.root.source or path.rpartition(".")[2].isdigit()
                 mark = node.entries[name].node.mark if name in node.entries else node.mark
+                mark = mark if is_whole else self.shaped.root
                 self.wrong(mark, f"{path}.{name}" if path else name, f"{name} is missing", _missing(info))
         return data
 
@@ -92,14 +94,17 @@ class _Walk:
         if info.item is None:
             return self.mismatch(info, node, key)
         values = [self.item(info.item, item, f"{key}.{number}") for number, item in enumerate(node.items)]
+        if info.item_model is not None:  # the other sources of a list are still worth a look
+            return [{} if value is _BAD else value for value in values]
         return _BAD if any(value is _BAD for value in values) else values
 
     def map(self, info: Field, node: Map, key: str) -> Any:
         if info.takes_any_map:
             return self.free_map(node, key)
-        # Where a list of sources may stand too, a map is a section only if it has one of its keys.
-        is_source = info.item is not None and not any(name in fields_of(info.model) for name in node.entries)
-        if info.model is None or is_source:
+        if info.model is None:
+            return self.mismatch(info, node, key)
+        # Where a list of sources may stand too, a map is the section only if it has one of its keys.
+        if info.item is not None and not any(name in fields_of(info.model) for name in node.entries):
             return self.mismatch(info, node, key)
         return self.section(info.model, node, key)
 
@@ -157,7 +162,10 @@ def _unknown(name: str, model: type[BaseModel], path: str) -> str:
 
 
 def _missing(info: Field) -> str:
-    return f"add '{info.name}: …'" + (f" ({info.description.rstrip('.')})" if info.description else "")
+    """What to add for a required key: its name, its first key where it is a section, and what it is."""
+    section = info.model or info.item_model
+    first = f"{{{next(iter(fields_of(section)))}: …}}" if section else "…"
+    return f"add '{info.name}: {f'[{first}]' if info.item_model else first}' ({info.description.rstrip('.')})"
 
 
 _READ_AS = {
@@ -254,5 +262,5 @@ def _container_hint(info: Field, node: Node, key: str) -> str | None:
             return "write '- ' before its first key" if in_file else f"name a position: {key}.0.…"
         return None if in_file else f"text with ': ' needs quotes: '{key}=\"…\"'"
     if isinstance(node, Items) and not node.items:
-        return f"remove {info.name} for its default"
+        return "give one" if info.required else f"remove {info.name} for its default"
     return "write its keys without '- '" if info.model is not None and info.item is None else None

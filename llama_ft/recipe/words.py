@@ -10,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter
 from llama_ft.errors import did_you_mean, nearest
 from llama_ft.recipe.fields import Field, fields_of, section_models
 from llama_ft.recipe.nodes import Items, Map, Node, Scalar
+from llama_ft.recipe.yaml_words import one_line
 
 OTHER_NAMES = {
     "base_model": "model.base",
@@ -52,19 +53,23 @@ OTHER_NAMES = {
 
 def expected(field: Field) -> str:
     """What a key takes, e.g. `a number above 0`, `one of cosine, linear, constant`, `a list of maps`."""
-    return _describe(TypeAdapter(field.type).json_schema())
+    schema = TypeAdapter(field.type).json_schema()
+    return _describe(schema, schema.get("$defs", {}))
 
 
-def _describe(schema: dict[str, Any]) -> str:
+def _describe(schema: dict[str, Any], defs: dict[str, Any]) -> str:
     if "anyOf" in schema:
         branches = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
         if "number" in [branch.get("type") for branch in branches]:  # a whole number or a fraction: a number
             branches = [branch for branch in branches if branch.get("type") != "integer"]
-        return " or ".join(map(_describe, branches))
+        return " or ".join(_describe(branch, defs) for branch in branches)
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return f"'{schema['const']}'"
+    names = list(defs.get(schema.get("$ref", "").rpartition("/")[2], {}).get("properties", {}))
+    if len(names) == 1:
+        return f"{{{names[0]}: …}}"
     return _TYPES[schema.get("type", "object")](schema)
 
 
@@ -74,7 +79,7 @@ def _number(noun: str, schema: dict[str, Any]) -> str:
     if low is not None:
         if high is not None:
             return f"{noun} from {low:g} to {high:.10g}"
-        return f"{noun}, {low:g} or more" + (f" and below {below:g}" if below is not None else "")
+        return f"{noun} from {low:g} " + (f"to below {below:g}" if below is not None else "up")
     bounds = [f"above {above:g}" if above is not None else "", f"below {below:g}" if below is not None else ""]
     return f"{noun} {' and '.join(filter(None, bounds))}".strip()
 
@@ -82,7 +87,7 @@ def _number(noun: str, schema: dict[str, Any]) -> str:
 def _list(schema: dict[str, Any]) -> str:
     items = schema.get("items", {})
     kind = "maps" if "$ref" in items else f"names ({', '.join(items['enum'])})" if "enum" in items else "texts"
-    return f"a list of {kind}" + (", at least one" if schema.get("minItems") else "")
+    return f"a list of {'one or more ' if schema.get('minItems') else ''}{kind}"
 
 
 _TYPES = {
@@ -95,12 +100,6 @@ _TYPES = {
     "array": _list,
     "object": lambda schema: "a map",
 }
-
-
-def one_line(text: str, limit: int = 80) -> str:
-    """A text from a file as it can stand in one line of a report."""
-    printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
-    return printable + ("…" if len(text) > limit else "")
 
 
 def shown(node: Node) -> str:
@@ -120,25 +119,31 @@ def key_hint(name: str, model: type[BaseModel], prefix: str) -> str:
     if "." in name and re.sub(r"\.\d+\.", ".0.", name) in everywhere:
         return f"in a file it is nested: {_nested(name)}"
     leaf = re.sub(r"\W", "_", name.split(".")[-1]).lower()
-    meant = _same_name(leaf, model, prefix) or nearest(leaf, fields_of(model))
+    meant = _same_name(leaf, model, prefix)
+    near = nearest(leaf, fields_of(model))
+    if not meant and near:
+        meant = [near]
     if not meant:
         far = nearest(leaf, {key.split(".")[-1] for key in everywhere})
-        meant = " or ".join(key for key in everywhere if key.split(".")[-1] == far)
+        meant = [key for key in everywhere if key.split(".")[-1] == far]
     if meant:
-        return f"did you mean {meant}?"
+        where = (
+            " at the top of the recipe"
+            if prefix and meant[0] in valid_top() and meant[0] not in fields_of(model)
+            else ""
+        )
+        return f"did you mean {' or '.join(map(repr, meant))}{where}?"
     return did_you_mean(name, fields_of(model), kind="keys here" if prefix else "keys")
 
 
-def _same_name(leaf: str, model: type[BaseModel], prefix: str) -> str | None:
-    """A key that is called so here, in another section, or in another project."""
+def _same_name(leaf: str, model: type[BaseModel], prefix: str) -> list[str]:
+    """The keys that are called so here, in another section, at the top, or in another project."""
     if leaf in fields_of(model):
-        return leaf
-    exact = [key for key in _all_keys() if "." in key and key.split(".")[-1] == leaf]
-    if exact:
-        return " or ".join(exact)
-    if prefix and leaf in valid_top():
-        return f"{leaf} at the top of the recipe"
-    return OTHER_NAMES.get(leaf)
+        return [leaf]
+    elsewhere = [key for key in _all_keys() if "." in key and key.split(".")[-1] == leaf]
+    if not elsewhere and prefix and leaf in valid_top():
+        return [leaf]
+    return elsewhere or [OTHER_NAMES[leaf]] if leaf in OTHER_NAMES else elsewhere
 
 
 def valid_top() -> list[str]:

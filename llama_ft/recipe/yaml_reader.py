@@ -15,7 +15,7 @@ import yaml
 
 from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, Source, Unreadable
 from llama_ft.recipe.scalars import read_plain
-from llama_ft.recipe.yaml_words import explain
+from llama_ft.recipe.yaml_words import explain, one_line
 
 MAX_BYTES = 1_000_000
 """A recipe is one page; a larger file is a data set or a checkpoint given by mistake."""
@@ -24,6 +24,7 @@ MAX_VALUES = 10_000
 MAX_DEPTH = 40
 
 _NON_PRINTABLE = yaml.reader.Reader.NON_PRINTABLE
+_NOT_IN_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes make them: NUL ends a path, half a surrogate pair is nothing
 _TAB_INDENT = re.compile(r"^[ ]*\t[ \t]*(?![#\s]|$)")
 
 
@@ -51,18 +52,19 @@ def read_file(path: Path, source: Source, findings: Findings) -> Map | None:
 _EXAMPLE = "write 'key: value' lines, such as name: my-run"
 
 
-def parse(text: str, source: Source, findings: Findings, *, inline: bool = False) -> Node | None:
-    """The tree of one YAML document; None for an empty one. `inline` text (an override) has no places of its own.
+def parse(text: str, source: Source, findings: Findings, *, key: str | None = None) -> Node | None:
+    """The tree of one YAML document; None for an empty one. With a `key` (an override) the text has no lines to name.
 
     Raises :class:`Broken` on broken syntax, after noting it.
     """
-    builder = _Builder(text, source, findings, inline)
+    inline = key is not None
+    builder = _Builder(text, source, findings, key)
     bad = _NON_PRINTABLE.search(text)
     if bad:
         line = text.count("\n", 0, bad.start()) + 1
         column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1) + 1
         mark = Mark(source) if inline else Mark(source, line, column)
-        findings.add(mark, f"character U+{ord(bad[0]):04X} cannot stand in YAML", hint="remove it")
+        findings.add(mark, f"character U+{ord(bad[0]):04X} cannot stand in YAML", key=key, hint="remove it")
         raise Broken
     try:
         return builder.document()
@@ -70,20 +72,20 @@ def parse(text: str, source: Source, findings: Findings, *, inline: bool = False
         builder.report(error)
         raise Broken from None
     # PyYAML lets a few conversions of its own escape, e.g. "\U00110000" or a directive of a thousand digits.
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, IndexError) as error:
-        findings.add(builder.here(), "not valid YAML", hint=str(error).splitlines()[0] if str(error) else None)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, IndexError):
+        findings.add(builder.here(), "not valid YAML", key=key, hint="check the escapes, brackets and indentation here")
         raise Broken from None
 
 
 def _read_text(path: Path, source: Source, findings: Findings) -> str:
-    def stop(what: str, hint: str, line: int = 1, column: int = 1) -> NoReturn:
+    def stop(what: str, hint: str, line: int = 0, column: int = 0) -> NoReturn:
         findings.add(Mark(source, line, column), what, hint=hint)
         raise Broken
 
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            stop("is a folder, a YAML file is needed", _names_in(path))
+            stop("is a folder, a YAML file is needed", names_in(path))
         if not stat.S_ISREG(status.st_mode):
             stop("is not an ordinary file", "give the path of a YAML file")
         if status.st_size > MAX_BYTES:
@@ -96,7 +98,7 @@ def _read_text(path: Path, source: Source, findings: Findings) -> str:
     except OSError as error:
         stop(f"cannot be read: {error.strerror or error}", "check the file and its permissions")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        stop("is UTF-16, YAML here is UTF-8", "save the file as UTF-8")
+        stop("is UTF-16, YAML here is UTF-8", "save the file as UTF-8", 1, 1)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -108,7 +110,20 @@ def _read_text(path: Path, source: Source, findings: Findings) -> str:
         stop(what, "save the file as UTF-8", raw.count(b"\n", 0, offset) + 1, column)
 
 
-def _names_in(folder: Path) -> str:
+def _shallower_line(lines: list[str], number: int, column: int) -> int | None:
+    """The line above, if line `number` is a key that starts deeper than it and `column` is where that key fails."""
+    key = re.match(r"( *)[\w.-]+(?=\s*:)", lines[number]) if number < len(lines) else None
+    if key is None or column not in (len(key[1]), key.end()):
+        return None
+    full = (n for n in range(number - 1, -1, -1) if lines[n].strip() and not lines[n].lstrip().startswith("#"))
+    above = next(full, None)
+    if above is None or len(lines[above]) - len(lines[above].lstrip()) >= len(key[1]):
+        return None
+    return above
+
+
+def names_in(folder: Path) -> str:
+    """A hint: the YAML files of a folder that was named in place of a file."""
     names = sorted(path.name for path in folder.glob("*.yaml"))
     return f"recipes in it: {', '.join(names[:12])}" if names else "there is no .yaml file in it"
 
@@ -116,12 +131,12 @@ def _names_in(folder: Path) -> str:
 class _Builder:
     """Turns events into nodes. Keeps the dotted path for messages, and counts values so that aliases stay bounded."""
 
-    def __init__(self, text: str, source: Source, findings: Findings, inline: bool):
-        self.text, self.source, self.findings, self.inline = text, source, findings, inline
+    def __init__(self, text: str, source: Source, findings: Findings, key: str | None):
+        self.text, self.source, self.findings, self.inline = text, source, findings, key is not None
         self.loader = yaml.SafeLoader("")
         self.anchors: dict[str, Node | None] = {}
-        self.path: list[str] = []
-        self.values = 0
+        self.whole, self.path = key, key.split(".") if key else []
+        self.values = self.depth = 0
 
     def mark(self, event_or_mark: Any) -> Mark:
         place = getattr(event_or_mark, "start_mark", event_or_mark)
@@ -131,7 +146,8 @@ class _Builder:
         return self.mark(self.loader.get_mark())
 
     def add(self, mark: Mark, what: str, hint: str | None = None) -> None:
-        self.findings.add(mark, what, key=".".join(self.path) or None, hint=hint)
+        key = ".".join(self.path[:6]) + (".…" if len(self.path) > 6 else "")
+        self.findings.add(mark, what, key=one_line(key) or None, hint=hint)
 
     def stop(self, mark: Mark, what: str, hint: str) -> NoReturn:
         self.add(mark, what, hint)
@@ -140,13 +156,19 @@ class _Builder:
     def report(self, error: yaml.MarkedYAMLError) -> None:
         """Notes a syntax error in plain words; a tab is noted for every line that is indented with one."""
         place, what, hint = explain(error)
-        tabs = [n for n, line in enumerate(self.text.split("\n")) if _TAB_INDENT.match(line)]
+        lines = self.text.split("\n")
+        tabs = [number for number, line in enumerate(lines) if _TAB_INDENT.match(line)]
+        above = None if self.inline or place is None else _shallower_line(lines, place.line, place.column)
         if "tab" in what and not self.inline and place is not None and place.line in tabs:
             for number in tabs:
-                column = self.text.split("\n")[number].index("\t") + 1
-                self.findings.add(Mark(self.source, number + 1, column), "a tab indents this line", hint=hint)
+                mark = Mark(self.source, number + 1, lines[number].index("\t") + 1)
+                self.findings.add(mark, "a tab indents this line", hint=hint)
+        elif above is not None and ("':' stands" in what or "does not fit" in what):
+            column = len(lines[place.line]) - len(lines[place.line].lstrip()) + 1
+            what = f"this line is indented deeper than line {above + 1}, which already has a value"
+            self.findings.add(Mark(self.source, place.line + 1, column), what, hint="indent both alike")
         else:
-            self.findings.add(self.mark(place) if place is not None else self.here(), what, hint=hint)
+            self.findings.add(self.mark(place) if place is not None else self.here(), what, key=self.whole, hint=hint)
 
     def document(self) -> Node | None:
         self.loader = yaml.SafeLoader(self.text)
@@ -188,9 +210,11 @@ class _Builder:
         if isinstance(event, yaml.ScalarEvent):
             node = self.scalar(event, mark)
         else:
-            if len(self.path) >= MAX_DEPTH:
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
                 self.stop(mark, f"nested more than {MAX_DEPTH} levels deep", "check the indentation and the brackets")
             node = self.items(mark) if isinstance(event, yaml.SequenceStartEvent) else self.map(mark)
+            self.depth -= 1
         if event.tag is not None:
             name = event.tag.replace("tag:yaml.org,2002:", "!!")
             self.add(mark, f"the tag {name} is not allowed, a recipe is plain YAML", "remove the tag")
@@ -201,8 +225,9 @@ class _Builder:
 
     def scalar(self, event: Any, mark: Mark) -> Node:
         if event.style not in (None, ""):
-            if any(0xD800 <= ord(char) < 0xE000 for char in event.value):
-                self.add(mark, "holds half of a surrogate pair, which is no character", "write the character itself")
+            bad = _NOT_IN_TEXT.search(event.value)
+            if bad:
+                self.add(mark, f"holds U+{ord(bad[0]):04X}, which is no character of a text", "remove it")
                 return Unreadable(mark)
             return Scalar(mark, event.value, "text", event.value, quoted=True)
         form, value = read_plain(event.value)

@@ -66,11 +66,19 @@ _WORDS = [
         "a tag is not allowed here, a recipe is plain YAML",
         "remove it, or quote the text",
     ),
+    (r"expected the node content", False, "a value or a closing bracket is missing here", "add it, or quote the text"),
+    (r"incompatible YAML document", False, "another version of YAML is asked for", "remove the %YAML line"),
     (
         r"while (scanning|parsing) an? (tag|directive|alias|anchor)",
-        False,
+        True,
         "'!', '%', '&' or '*' starts a word",
         _QUOTE_IT,
     ),
     (r"did not find expected <document start>", False, "a value stands after the end of the document", _QUOTE_IT),
 ]
+
+
+def one_line(text: str, limit: int = 80) -> str:
+    """A text from a file as it can stand in one line of a report."""
+    printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
+    return printable + ("…" if len(text) > limit else "")

@@ -13,7 +13,16 @@ from contextlib import contextmanager
 from llama_ft.errors import UserError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_NO_NETWORK = {"ConnectError", "ConnectTimeout", "ReadTimeout", "NetworkError", "ConnectionError", "ProxyError"}
+_NO_NETWORK = {
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "NetworkError",
+    "ConnectionError",
+    "ProxyError",
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+}
 
 
 def is_hub_id(name: str) -> bool:
@@ -58,45 +67,66 @@ def hub_problem(
 ) -> UserError:
     """Translates an exception of huggingface_hub, transformers, datasets or httpx into one :class:`UserError`.
 
-    `what` is the kind of repository in words (`model`, `tokenizer`, `data set`); `key` the recipe's key that named it; `instead` what to give in place of a hub id (a local folder).
-    The result is to be raised `from None`: the chain behind it says nothing more to a user.
+    `what` is the kind of repository in words (`model`, `tokenizer`, `data set`); `key` the recipe's key that named it;
+    `instead` what a user can do without the hub (by default: name a local folder).
+    The result is to be raised `from error`, which `--debug` shows; the chain says nothing more to a user.
     """
-    said, hint = _explain(error, repo_id, what, instead or f"or name a local folder in place of '{repo_id}'")
-    return UserError(said, key=key, hint=hint)
+    said, hint = _explain(error, repo_id, what)
+    other = instead or f"or name a local folder in place of '{repo_id}'"
+    return UserError(said, key=key, hint=f"{hint}, {other}")
 
 
-def _explain(error: BaseException, repo_id: str, what: str, other: str) -> tuple[str, str]:
+def _explain(error: BaseException, repo_id: str, what: str) -> tuple[str, str]:
+    """What happened and what to do; the first matching sign along the chain of causes decides."""
     names = _names(error)
     text = " ".join(str(link) for link in _chain(error))
     status = next((code for link in _chain(error) if (code := _status(link))), None)
-    if "GatedRepoError" in names or "gated repo" in text:
-        todo = "request access on its hub page with the account of your token"
-        if not _has_token():
-            todo = "no token was found: accept the licence on its hub page, then run `hf auth login`"
-        return f"the {what} '{repo_id}' is gated: its owner asks you to accept a licence first", f"{todo}, {other}"
-    if "RevisionNotFoundError" in names:
-        return f"the {what} '{repo_id}' has no such revision on the hub", "check the branch, tag or commit"
-    if "RemoteEntryNotFoundError" in names or "does not appear to have a file" in text:
-        return f"the hub's '{repo_id}' lacks a file that a {what} needs: {_first_line(error)}", f"check the id, {other}"
-    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} or status in (401, 404):
-        token = "" if _has_token() else " (no token was found; a private one needs `hf auth login`)"
-        return (
-            f"the hub has no {what} '{repo_id}', or it is private{token}",
-            f"check the spelling (owner/name), {other}",
-        )
-    if "HFValidationError" in names or "Repo id must be" in text:
-        return f"'{repo_id}' is neither a folder nor a hub id (owner/name)", "check the path"
+    login = "" if _has_token() else "no token was found: "
     offline = _offline()
-    if names & (_NO_NETWORK | {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}) or "couldn't connect" in text.lower():
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        todo = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
-        return (
-            f"the {what} '{repo_id}' is not on this machine and {why}",
-            f"{todo} (a gated one also needs its licence accepted and `hf auth login`), {other}",
-        )
-    if status is not None and (status == 429 or status >= 500):
-        return f"the hub answered {status} for the {what} '{repo_id}'", f"try again later, {other}"
-    return f"the {what} '{repo_id}' could not be loaded: {_first_line(error)}", f"check the id, {other}"
+    dead = bool(names & _NO_NETWORK) or "couldn't connect" in text.lower()
+    away = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    back = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
+    cases = [
+        (
+            "GatedRepoError" in names or "access a gated repo" in text,
+            f"the {what} '{repo_id}' is gated: its owner asks you to accept a licence first",
+            f"{login}accept it on its hub page, then run `hf auth login` with that account",
+        ),
+        (
+            "RevisionNotFoundError" in names,
+            f"the {what} '{repo_id}' has no such revision on the hub",
+            "check the branch, tag or commit",
+        ),
+        (
+            "RemoteEntryNotFoundError" in names or "does not appear to have a file" in text,
+            f"the hub's '{repo_id}' lacks a file that a {what} needs: {_first_line(error)}",
+            "check the id",
+        ),
+        (
+            bool(names & {"RepositoryNotFoundError", "DatasetNotFoundError"}) or status in (401, 404),
+            f"the hub has no {what} '{repo_id}', or it is private",
+            f"check the spelling (owner/name); for a private one, {login}run `hf auth login`",
+        ),
+        (
+            "HFValidationError" in names or "Repo id must be" in text,
+            f"'{repo_id}' is neither a folder nor a hub id (owner/name)",
+            "check the path",
+        ),
+        (
+            dead,
+            f"the {what} '{repo_id}' is not on this machine and {away}",
+            f"{back} (a gated one also needs its licence accepted and `hf auth login`)",
+        ),
+        (
+            status is not None and (status == 429 or status >= 500),
+            f"the hub answered {status} for the {what} '{repo_id}'",
+            "try again later",
+        ),
+    ]
+    for holds, said, hint in cases:
+        if holds:
+            return said, hint
+    return f"the {what} '{repo_id}' could not be loaded: {_first_line(error)}", "check the id"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -61,7 +61,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
             "token covers",
             hint="use a tokenizer that has a tokenizer.json",
         )
-    _settle_pad(tokenizer, str(source))
+    settle_pad(tokenizer, str(source))
     if not begins_with_bos(tokenizer):
         tokenizer.bos_token = None
     if not tokenizer.model_max_length or tokenizer.model_max_length > ABSURD_LENGTH:
@@ -92,7 +92,7 @@ def _from_folder(path: Path) -> Any:
     bare = present == ["tokenizer.model"] and not (folder / "config.json").is_file()
     try:
         if bare:
-            return LlamaTokenizer.from_pretrained(str(folder), legacy=False, local_files_only=True)
+            return LlamaTokenizer.from_pretrained(str(folder), legacy=False, add_bos_token=True, local_files_only=True)
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust reader raises bare Exception for a damaged file
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -113,8 +113,12 @@ def _from_hub(repo_id: str, revision: str | None) -> Any:
         raise hub_problem(error, repo_id, what="tokenizer") from error
 
 
-def _settle_pad(tokenizer: PreTrainedTokenizerFast, source: str) -> None:
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+def settle_pad(tokenizer: PreTrainedTokenizerFast, source: str, *, end: int | None = None) -> None:
+    """Gives the tokenizer a padding token that is not its eos, not its bos and not `end`, a template's end token.
+
+    Raises :class:`UserError` when its vocabulary has no token that is free for it.
+    """
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, end}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
         return
     vocabulary = tokenizer.get_vocab()

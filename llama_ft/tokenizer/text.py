@@ -33,7 +33,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, control: Sequence[str]):
         self._plain: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
-        self._plain.post_processor = None  # type: ignore[assignment]
+        self._plain.post_processor = None
         self._plain.no_truncation()
         self._plain.no_padding()
         # Drawn per encoder, so that no data file can hold it.

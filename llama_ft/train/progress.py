@@ -55,8 +55,6 @@ class ProgressLine(TrainerCallback):
         self.console = console
         self.progress: Progress | None = None
         self.task: Any = None
-        self.last: tuple[float, int] | None = None
-        self.eval_loss: float | None = None
         self.started = 0.0
         self.first_step = 0
 
@@ -71,38 +69,32 @@ class ProgressLine(TrainerCallback):
             self.task = self.progress.add_task("…", total=state.max_steps, completed=state.global_step)
             self.progress.start()
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
-        if self.last is None:
-            self.last = (time.perf_counter(), 0)
-
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            self.eval_loss = logs["eval_loss"]
-            self._say(state, f"held-out loss {self.eval_loss:.4f}")
-            self.last = (time.perf_counter(), self.last[1] if self.last else 0)
-        elif "loss" in logs and "labelled_tokens" in logs:
-            now, count = time.perf_counter(), logs["labelled_tokens"]
-            then, before = self.last or (self.started, 0)
-            rate = (count - before) / max(now - then, 1e-9)
-            self.last = (now, count)
-            logs["labelled_tokens_per_second"] = round(rate, 2)
+            self.keep(state, f"held-out loss {logs['eval_loss']:.4f}")
+        elif "labelled_tokens_per_second" in logs:
+            rate = logs["labelled_tokens_per_second"]
             done = state.global_step - self.first_step
-            left = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+            left = (time.perf_counter() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
             memory = psutil.Process().memory_info().rss / 2**30
-            self._say(
+            self.update(
                 state,
                 f"loss {logs['loss']:.4f} · {rate:.0f} labelled tokens/s · {memory:.1f} GiB · {_minutes(left)} left",
             )
 
-    def _say(self, state: TrainerState, text: str) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step, description=text)
-            if text.startswith("held-out"):
-                self.console.print(f"step {state.global_step}: {text}")
-        else:
+    def update(self, state: TrainerState, text: str) -> None:
+        """The line of the step just done: the bar's text, or a line of its own."""
+        if self.progress is None:
             print(f"step {state.global_step}/{state.max_steps} · {text}", flush=True)
+        else:
+            self.progress.update(self.task, completed=state.global_step, description=text)
+
+    def keep(self, state: TrainerState, text: str) -> None:
+        """A line that stays on the terminal above the bar."""
+        when = f"step {state.global_step}" if state.global_step else "before training"
+        self.console.print(f"{when} · {text}", highlight=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
         self.close()

@@ -64,8 +64,6 @@ def train_recipe(
 
     with state.main_process_first():
         prepared = prepare_data(recipe, allow=allow)
-    if prepared.train is None or not len(prepared.train):
-        raise UserError("no document is left to train on", key="data")
     micro_batch, accumulation = micro_batch_and_accumulation(
         recipe, prepared.train["length"], state.num_processes, on_gpu=state.device.type == "cuda"
     )
@@ -102,8 +100,8 @@ def train_recipe(
         model=loaded.model,
         args=arguments,
         data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
-        train_dataset=prepared.train,
-        eval_dataset=prepared.eval,
+        train_dataset=prepared.train.with_format("numpy"),
+        eval_dataset=prepared.eval.with_format("numpy") if prepared.eval is not None else None,
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
         run=run,
@@ -194,7 +192,7 @@ def lock_contents(
         "world_size": state.num_processes,
         "device": torch.cuda.get_device_name() if state.device.type == "cuda" else platform.processor() or "cpu",
         "hashes": prepared.hashes,
-        "data": prepared.report,
+        "data": prepared.report.as_dict(),
         "versions": versions(),
         "commit": commit(),
     }

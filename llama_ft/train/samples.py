@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from llama_ft.data.prepare import Prepared
+from llama_ft.data.render import Renderer
 from llama_ft.files import write_json
 from llama_ft.recipe.run import Run
 
@@ -34,16 +35,17 @@ class Samples:
         records = self._records()
         training = model.training
         model.eval()
-        tokenizer, template = self.prepared.tokenizer, self.prepared.template
+        tokenizer = self.prepared.tokenizer
+        renderer = Renderer(self.prepared.template, tokenizer)
         for record, turns in zip(records, self.chosen, strict=True):
-            ids = torch.tensor([template.prompt_ids(turns[:-1], tokenizer)], device=model.device)
+            ids = torch.tensor([renderer.prompt_ids(turns[:-1])], device=model.device)
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
                 use_cache=True,
-                eos_token_id=template.end_token_id(tokenizer),
+                eos_token_id=renderer.end_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
             record[when] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

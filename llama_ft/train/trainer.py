@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from llama_ft.data.order import document_order
@@ -89,9 +90,11 @@ class LlamaTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, run: Run, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
         self.run = run
         self.tokens_seen = 0
         self.labelled_seen = 0
+        self.step_began = (0.0, 0)
 
     def compute_loss(
         self,
@@ -144,12 +147,24 @@ class LlamaTrainer(SFTTrainer):
         nats, labelled = self.accelerator.reduce(total, "sum").tolist()
         return (nats / labelled if labelled else math.nan), int(labelled)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Called once at the start of every optimizer step: the moment its clock starts."""
+        self.step_began = (time.perf_counter(), self.labelled_seen)
+        return super().get_batch_samples(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the running token counts to every training line."""
+        """Adds to every training line the tokens so far and the step's own time and rate, over all ranks."""
         if "loss" in logs:
-            counts = torch.tensor([self.tokens_seen, self.labelled_seen], device=self.args.device)
-            tokens, labelled = self.accelerator.reduce(counts, "sum").tolist()
-            logs |= {"tokens": tokens, "labelled_tokens": labelled}
+            began, labelled_before = self.step_began
+            seconds = time.perf_counter() - began
+            counts = [self.tokens_seen, self.labelled_seen, self.labelled_seen - labelled_before]
+            totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum").tolist()
+            logs |= {
+                "tokens": totals[0],
+                "labelled_tokens": totals[1],
+                "seconds": round(seconds, 4),
+                "labelled_tokens_per_second": round(totals[2] / seconds, 2),
+            }
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,45 @@
+"""The files beside the merged weights: config, generation_config, tokenizer with the run's template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+# Where configs keep the place they were read from. An export must not carry the paths of the machine that made it.
+_PLACES = ("_name_or_path", "_model_name_or_path", "_commit_hash")
+
+
+def stop_ids(end_token: int | None, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that end an answer: the template's end token, then the tokenizer's own."""
+    found = [end_token, tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def write_companions(
+    folder: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, stop: list[int]
+) -> None:
+    """Writes config.json, generation_config.json and the tokenizer's files into `folder`.
+
+    config: the base's shapes; changed here. dtype: what the weights are stored in. tokenizer: as trained with,
+    `chat_template` set. stop: ids that end an answer.
+    """
+    for place in _PLACES:
+        config.__dict__.pop(place, None)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = dtype
+    config.eos_token_id = stop if len(stop) > 1 else (stop[0] if stop else None)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.use_cache = True
+    config.save_pretrained(folder)
+    # Written afresh: a base's own file may ask for sampling, and greedy is what the proof compared.
+    greedy_config(stop, tokenizer, bos=config.bos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def greedy_config(stop: list[int], tokenizer: PreTrainedTokenizerFast, bos: int | None = None) -> GenerationConfig:
+    """Greedy answers that end at `stop`, and nothing else that a base's own file might ask for."""
+    return GenerationConfig(
+        bos_token_id=bos, eos_token_id=stop or None, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )

@@ -1,0 +1,75 @@
+"""What a run's export is asked: held-out documents, and conversations in the run's own template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from llama_ft.data.layouts import Conversation
+from llama_ft.data.prepare import Prepared
+from llama_ft.data.render import Renderer, TemplateRefusal
+from llama_ft.export.proof import LONGEST, PROMPTS, Document, choose_documents
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids to be continued. `turns` are the messages they came from, where re-rendering must give the same ids."""
+
+    ids: list[int]
+    turns: Conversation | None
+
+
+def choose_prompts(prepared: Prepared) -> tuple[list[Document], list[Prompt]]:
+    """Documents to compare logits on and prompts to answer: held-out ones, or the last of training if none are."""
+    held_out = prepared.eval is not None and len(prepared.eval) > 0
+    rows = prepared.eval if held_out else prepared.train
+    if not held_out:
+        rows = rows.select(range(max(0, len(rows) - 64), len(rows)))
+    documents = choose_documents(rows)
+    prompts = _from_conversations(prepared) if held_out else []
+    return documents, prompts or _from_documents(documents)
+
+
+def _from_conversations(prepared: Prepared) -> list[Prompt]:
+    renderer = Renderer(prepared.template, prepared.tokenizer)
+    found: list[Prompt] = []
+    conversations = prepared.eval_conversations
+    for turns in conversations[:: max(1, len(conversations) // PROMPTS)]:
+        if not turns or turns[-1]["role"] != "assistant":
+            continue
+        asked = turns[:-1]
+        try:
+            rendered = renderer.render(asked, add_generation_prompt=True)
+        except TemplateRefusal:
+            continue
+        ids = [int(token) for token in renderer.encode([rendered])[0].ids]
+        # Text that spells a control token stays text here; a plain tokenizer reads it as the token.
+        found.append(Prompt(ids, asked if rendered.sealed is None else None))
+        if len(found) == PROMPTS:
+            break
+    return found
+
+
+def _from_documents(documents: list[Document]) -> list[Prompt]:
+    """What stands before a document's first labelled token, or its first half where every token is labelled."""
+    found = []
+    for document in documents[:PROMPTS]:
+        first = next((i for i, label in enumerate(document.labels) if label >= 0), 0)
+        cut = first or max(1, min(len(document.ids), LONGEST) // 2)
+        found.append(Prompt(document.ids[:cut], None))
+    return found
+
+
+def template_faults(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Where the exported tokenizer's `apply_chat_template` gives other ids than training; empty = nowhere."""
+    faults = []
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.turns is None:
+            continue
+        ids = tokenizer.apply_chat_template(prompt.turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        if ids != prompt.ids:
+            pairs = enumerate(zip(ids, prompt.ids, strict=False))
+            at = next((i for i, (left, right) in pairs if left != right), min(len(ids), len(prompt.ids)))
+            faults.append(f"prompt {number}: the exported chat template differs from training at token {at}")
+    return faults

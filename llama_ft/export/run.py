@@ -1,0 +1,237 @@
+"""`export`: merge a run's adapter, open the result as a stranger would, and prove it equal to what was trained."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from llama_ft.adapters.merge import LoraFile, disk_fault, merge_adapter, read_lora
+from llama_ft.data.prepare import Prepared, inspect_data
+from llama_ft.errors import Problem, UserError
+from llama_ft.export.card import write_card
+from llama_ft.export.folder import greedy_config, stop_ids, write_companions
+from llama_ft.export.prompts import Prompt, choose_prompts, template_faults
+from llama_ft.export.proof import Document, Seen, compare, compare_answers, observe, pick_device
+from llama_ft.export.table import print_proof
+from llama_ft.export.tolerance import TOLERANCES, judge
+from llama_ft.export.trained import base_folder, check_live, check_scale, full_model, newest_weights, read_back
+from llama_ft.files import publish, write_json
+from llama_ft.llama.load import DTYPES, load_config
+from llama_ft.recipe.run import Run
+
+STAGED = ".merged.new"
+REJECTED = "merged.rejected"
+
+
+class ProofFailed(UserError):
+    """The merged model is not what was trained; it was put aside. Exit 2."""
+
+    title = "the export was refused"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export: the folder in HF layout, what export.json holds, and whether it was within tolerance."""
+
+    path: Path
+    proof: dict[str, Any]
+    ok: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is exported. `lora` is None for a fully tuned model; `live` is the model as training left it, or None."""
+
+    run: Run
+    base: Path
+    lora: LoraFile | None
+    prepared: Prepared
+    dtype: str
+    live: PreTrainedModel | PeftModel | None
+
+    @property
+    def stop(self) -> list[int]:
+        """Ids that end an answer."""
+        return stop_ids(self.prepared.template.end_token_id(self.prepared.tokenizer), self.prepared.tokenizer)
+
+
+def export_run(run: Run | str | os.PathLike[str], *, trained: PreTrainedModel | PeftModel | None = None) -> Export:
+    """Writes merged/, export.json and the model card of a run, and prints the proof.
+
+    trained: the model as training left it, in memory; then what was saved is also compared with it bit for bit.
+    merged/ is complete or absent, and stands there only when the proof passed. Raises ProofFailed (export.json says
+    what was measured, the weights are in merged.rejected/), UserError for a run or an adapter that cannot be merged,
+    MachineFault when the disk is full.
+    """
+    job = _open(run if isinstance(run, Run) else Run.open(run), trained)
+    run = job.run
+    staged = run.path / STAGED
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        with _quiet_and_exact():
+            _write(job, staged)
+            proof = _prove(job, staged)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise disk_fault(error, run.merged) from error
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    if not proof["ok"]:
+        _reject(run, staged, proof)
+    shutil.rmtree(run.path / REJECTED, ignore_errors=True)
+    publish(staged, run.merged)
+    write_json(run.proof_file, proof)
+    write_card(run)
+    print_proof(proof, run)
+    return Export(run.merged, proof, True)
+
+
+def _open(run: Run, live: PreTrainedModel | PeftModel | None) -> _Job:
+    """Everything that can be refused before a byte is written."""
+    recipe = run.recipe
+    method = recipe.adapter.method
+    if method not in ("full", "lora"):
+        raise UserError(f"this version cannot merge {method}", where=str(run.path), key="adapter.method")
+    lora = None
+    if method == "lora":
+        if not run.adapter.is_dir():
+            hint = "finish it: llama-ft train RECIPE" + (" --resume" if run.steps() else "")
+            raise UserError(f"{run.path} has no adapter/: its training did not end", hint=hint)
+        lora = read_lora(run.adapter)
+        check_scale(lora, recipe)
+    prepared = inspect_data(recipe)  # preflight faults were accepted when the run was trained
+    saved = run.adapter / "chat_template.jinja"
+    if saved.is_file() and saved.read_text(encoding="utf-8") != prepared.template.source:
+        raise UserError(
+            f"the template '{recipe.template}' is not the one the run was trained with",
+            where=str(saved),
+            key="template",
+            hint="undo the change, or train again",
+        )
+    return _Job(run, base_folder(run), lora, prepared, recipe.export.dtype or recipe.model.dtype, live)
+
+
+def _write(job: _Job, staged: Path) -> None:
+    """Weights and what goes beside them into `staged`."""
+    recipe, dtype = job.run.recipe, DTYPES[job.dtype]
+    if job.lora is not None:
+        merge_adapter(job.base, job.lora, staged, base_dtype=DTYPES[recipe.model.dtype], dtype=dtype)
+    elif job.live is not None:
+        job.run.merged.rename(staged)  # the trainer has just written it; it comes back when the proof has passed
+    else:
+        merge_adapter(newest_weights(job.run), None, staged, base_dtype=torch.float32, dtype=dtype)
+    config = load_config(job.base, recipe.model.rope_scaling)
+    write_companions(staged, config, dtype, job.prepared.tokenizer, job.stop)
+
+
+def _prove(job: _Job, staged: Path) -> dict[str, Any]:
+    """Asks both sides, one after the other. Returns the contents of export.json."""
+    documents, prompts = choose_prompts(job.prepared)
+    seen = _ask_trained(job, documents, prompts)
+    model, tokenizer = reopen(staged)
+    device = pick_device(model)
+    seen_merged = observe(model.to(device), documents, [prompt.ids for prompt in prompts])
+    measured = compare(seen, seen_merged, documents)
+    greedy = []
+    for prompt, left, right in zip(prompts, seen.answers, seen_merged.answers, strict=True):
+        answers = {"trained": tokenizer.decode(left.ids), "merged": tokenizer.decode(right.ids)}
+        greedy.append({"prompt": tokenizer.decode(prompt.ids), **answers, **compare_answers(left, right)})
+    tolerance = TOLERANCES[job.dtype]
+    faults = judge(tolerance, measured, greedy) + template_faults(prompts, tokenizer)
+    return {
+        "ok": not faults,
+        "faults": faults,
+        "dtype": job.dtype,
+        "computed_in": f"float32 on {device.type}, weights as stored",
+        "tolerance": asdict(tolerance),
+        "measured": {key: _finite(value) for key, value in measured.items()},
+        "prompts": [tokenizer.decode(document.ids) for document in documents],
+        "greedy": greedy,
+        "adapter": _adapter_facts(job),
+        "opened_with": f"transformers {transformers.__version__} LlamaForCausalLM",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _adapter_facts(job: _Job) -> dict[str, Any] | None:
+    """What was found out about the adapter: read_lora refuses a zero one, check_live one that differs from memory."""
+    if job.lora is None:
+        return None
+    facts = {"tensors": job.lora.tensors, "nonzero": True, "scale": job.lora.scale, "sha256": job.lora.sha256}
+    return {**facts, "equals_memory": True if job.live is not None else None}
+
+
+def _ask_trained(job: _Job, documents: list[Document], prompts: list[Prompt]) -> Seen:
+    """What the trained model says. What was loaded for it leaves memory with this function."""
+    if job.lora is None:
+        model = full_model(job.run, job.live)
+    else:
+        model = read_back(job.base, job.lora, job.run.recipe)
+        if job.live is not None:
+            check_live(job.live, model)
+        model = model.get_base_model()  # PEFT has put its layers into it
+    if model is not job.live:
+        model = model.to(pick_device(model))
+    own, model.generation_config = model.generation_config, greedy_config(job.stop, job.prepared.tokenizer)
+    try:
+        return observe(model, documents, [prompt.ids for prompt in prompts])
+    finally:
+        model.generation_config = own
+
+
+def reopen(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Opens an export with plain transformers, as anybody would, in float32. UserError if a weight has no place."""
+    model, report = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    faults = [f"{kind}: {', '.join(map(str, sorted(report[kind])[:3]))}" for kind in sorted(report) if report[kind]]
+    if faults:
+        raise UserError(f"the merged model does not open cleanly: {'; '.join(faults)}", where=str(folder))
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _reject(run: Run, staged: Path, proof: dict[str, Any]) -> None:
+    """Puts the weights where nobody serves them, says in export.json why, and raises ProofFailed."""
+    shutil.rmtree(run.merged, ignore_errors=True)
+    publish(staged, run.path / REJECTED)
+    write_json(run.proof_file, proof)
+    write_card(run)
+    print_proof(proof, run)
+    place = str(run.proof_file)
+    hint = f"the weights are in {REJECTED}/, adapter/ is untouched and chat uses it"
+    raise ProofFailed([Problem(fault, place, hint=hint) for fault in proof["faults"]])
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _quiet_and_exact() -> Iterator[None]:
+    """No progress bars of transformers, and float32 products that are float32 (no TF32, no bfloat16 passes)."""
+    from transformers.utils import logging
+
+    precision = torch.get_float32_matmul_precision()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,115 @@
+"""What was trained, read back from disk: the other side of the proof."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from llama_ft.adapters.merge import LoraFile
+from llama_ft.errors import Problem, UserError
+from llama_ft.llama.base import locate_base
+from llama_ft.llama.load import DTYPES, load_model
+from llama_ft.recipe.run import Run
+from llama_ft.recipe.schema import Recipe
+
+_SHOWN = 4
+
+
+def base_folder(run: Run) -> Path:
+    """The folder whose weights the run started from: the one it noted, or, when that has moved, the recipe's base."""
+    noted = run.lock.get("base_folder")
+    if noted and (Path(noted) / "config.json").is_file():
+        return Path(noted)
+    return locate_base(run.recipe.model.base, run.recipe.model.revision)
+
+
+def check_scale(lora: LoraFile, recipe: Recipe) -> None:
+    """The saved adapter multiplies its update by what the recipe says: a changed alpha would rescale all of it."""
+    wanted = float(recipe.adapter.alpha) / recipe.adapter.r
+    if abs(lora.scale - wanted) > 1e-9 * wanted:
+        raise UserError(
+            f"the adapter's scale is {lora.scale:g}, the recipe's alpha / r is {wanted:g}",
+            where=str(lora.path / "adapter_config.json"),
+            hint="the file was changed after training: set lora_alpha and r back",
+        )
+
+
+def read_back(base: Path, lora: LoraFile, recipe: Recipe) -> PeftModel:
+    """Base + adapter through PEFT on our LLaMA, computing in float32 with the weights that training computed with.
+
+    Raises UserError if PEFT did not take up every tensor of the adapter bit for bit, or scales it otherwise.
+    """
+    model = load_model(
+        base,
+        DTYPES[recipe.model.dtype],
+        compute_dtype=torch.float32,
+        rope_scaling=recipe.model.rope_scaling,
+    )
+    peft_model = PeftModel.from_pretrained(model, str(lora.path))
+    modules = peft_model.get_base_model().named_modules()
+    layers = {name: layer for name, layer in modules if isinstance(layer, LoraLayer)}
+    problems = []
+    for name in sorted({f"{layer}.weight" for layer in layers} ^ lora.factors.keys()):
+        problems.append(Problem(f"PEFT and the adapter's file disagree about {name}", str(lora.path)))
+    for name, layer in layers.items():
+        if problems:
+            break
+        down, up = lora.factors[f"{name}.weight"]
+        read_down, read_up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if not torch.equal(read_down.cpu(), down) or not torch.equal(read_up.cpu(), up):
+            problems.append(Problem(f"PEFT read other values for {name} than the file holds", str(lora.path)))
+        elif layer.scaling["default"] != lora.scale:
+            problems.append(Problem(f"PEFT scales {name} by {layer.scaling['default']:g}, the merge by {lora.scale:g}"))
+    if problems:
+        raise UserError(problems[:_SHOWN])
+    return peft_model
+
+
+def check_live(live: nn.Module, read: nn.Module) -> None:
+    """Base and adapter in memory equal what was read back, bit for bit. UserError naming tensors that do not.
+
+    Equal after widening to float32, which is exact: a GPU trains on the same values in 16 bits.
+    """
+    here, there = live.state_dict(), read.state_dict()
+    differing = []
+    for name in sorted(here.keys() | there.keys()):
+        if name not in here or name not in there:
+            differing.append(f"{name} is {'missing on disk' if name in here else 'not in the trained model'}")
+        elif here[name].shape != there[name].shape or not torch.equal(
+            here[name].detach().cpu().float(), there[name].detach().cpu().float()
+        ):
+            differing.append(f"{name} differs")
+    scales = [layer.scaling for layer in live.modules() if isinstance(layer, LoraLayer)]
+    read_scales = [layer.scaling for layer in read.modules() if isinstance(layer, LoraLayer)]
+    if scales != read_scales:
+        differing.append("the adapter's scale differs")
+    if differing:
+        more = f" (and {len(differing) - _SHOWN} more)" if len(differing) > _SHOWN else ""
+        raise UserError(
+            [Problem(f"what was saved is not what was trained: {what}{more}") for what in differing[:_SHOWN]]
+        )
+
+
+def full_model(run: Run, live: PreTrainedModel | None) -> PreTrainedModel:
+    """A fully tuned model in float32: the one in memory, or the newest checkpoint's weights."""
+    if live is not None:
+        in_float32 = all(parameter.dtype == torch.float32 for parameter in live.parameters())
+        return live if in_float32 else copy.deepcopy(live).float()
+    return load_model(newest_weights(run), torch.float32, rope_scaling=run.recipe.model.rope_scaling)
+
+
+def newest_weights(run: Run) -> Path:
+    """The newest checkpoint of a fully tuned run. UserError if none is left to compare an export with."""
+    for step in reversed(run.steps()):
+        if any(run.checkpoint(step).glob("model*.safetensors")):
+            return run.checkpoint(step)
+    raise UserError(
+        f"{run.path} holds no checkpoint: nothing is left to compare merged/ with",
+        hint="a run proves its export when it ends; its export.json stands",
+    )

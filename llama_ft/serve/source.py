@@ -1,0 +1,119 @@
+"""Who is there to talk to: a run, a model folder or a base's name, opened as our LLaMA with the right template."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from llama_ft.data.render import Renderer
+from llama_ft.data.template import Template
+from llama_ft.errors import UserError, did_you_mean
+from llama_ft.llama import smollm2
+from llama_ft.llama.base import locate_base
+from llama_ft.llama.load import DTYPES, choose_compute_dtype, load_model
+from llama_ft.llama.model import LlamaForCausalLM
+from llama_ft.llama.projections import project_each
+from llama_ft.recipe.run import Run
+from llama_ft.tokenizer.load import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to answer. `stop`: ids that end an answer; `context`: tokens it can hold; `notices`: for the user.
+
+    `system` is the system prompt that all of a run's rows were trained with, if they have one in common.
+    """
+
+    model: LlamaForCausalLM
+    renderer: Renderer
+    stop: frozenset[int]
+    context: int
+    system: str | None
+    notices: tuple[str, ...]
+
+
+def open_source(source: str) -> Opened:
+    """Opens a run folder (its merged model, else base + adapter), a model folder, `smollm2-135m` or a hub id.
+
+    Raises UserError when there is no such thing, or a run has nothing trained yet.
+    """
+    logging.disable_progress_bar()
+    path = Path(source).expanduser()
+    run = _run(source, path)
+    if run is not None:
+        return _open_run(run)
+    if path.is_dir() or source == smollm2.NAME or not _is_path(source):
+        return _open_folder(locate_base(source))
+    raise UserError(f"there is no run and no model '{source}'", hint=did_you_mean(source, _known(), kind="sources"))
+
+
+def _run(source: str, path: Path) -> Run | None:
+    for candidate in (path, Path("runs", path)):
+        # A base's own name wins over a run called the same.
+        if (candidate / "recipe.yaml").is_file() and not (source == smollm2.NAME and candidate != path):
+            return Run.open(candidate)
+    return None
+
+
+def _is_path(source: str) -> bool:
+    """Whether a name that does not exist was meant as a place on this disk and not as a hub id (owner/name)."""
+    return source.count("/") != 1 or source.startswith((".", "~", "/")) or Path(source).parent.is_dir()
+
+
+def _known() -> list[str]:
+    return [smollm2.NAME, *(str(found.parent) for found in sorted(Path("runs").glob("*/recipe.yaml")))]
+
+
+def _open_run(run: Run) -> Opened:
+    systems = {entry.system for entry in run.recipe.data}
+    system = systems.pop() if len(systems) == 1 else None
+    if (run.merged / "config.json").is_file():
+        return _open_folder(run.merged, system)
+    if not (run.adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{run.path} holds no merged/ and no adapter/ to talk to yet", hint="finish its training")
+    from peft import PeftModel
+
+    from llama_ft.export.trained import base_folder
+
+    dtype = DTYPES[run.recipe.model.dtype]
+    device = _device()
+    compute = choose_compute_dtype(dtype, device)
+    model = load_model(base_folder(run), dtype, compute_dtype=compute, rope_scaling=run.recipe.model.rope_scaling)
+    PeftModel.from_pretrained(model, str(run.adapter))  # puts its factors into `model` itself
+    refused = (run.path / "merged.rejected").is_dir()
+    why = "its merged model was refused (see export.json)" if refused else "no merged/ yet (llama-ft export makes it)"
+    return _opened(model.to(device), run.adapter, system, (f"{why}: talking to base + adapter",))
+
+
+def _open_folder(folder: Path, system: str | None = None) -> Opened:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = DTYPES.get(stated, torch.float32)
+    device = _device()
+    model = load_model(folder, dtype, compute_dtype=choose_compute_dtype(dtype, device))
+    return _opened(model.to(device), folder, system, ())
+
+
+def _opened(model: LlamaForCausalLM, folder: Path, system: str | None, notices: tuple[str, ...]) -> Opened:
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{folder} has no chat template: it continues text and does not converse",
+            hint="tune it first; a run's template travels with it",
+        )
+    renderer = Renderer(Template.load("base", tokenizer), tokenizer)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    stop = frozenset(token for token in (renderer.end_token_id, tokenizer.eos_token_id, *ends) if token is not None)
+    model.eval()
+    # One product each: joining q, k and v's weights for every single token would cost more than it saves.
+    model.model.set_project(project_each)
+    return Opened(model, renderer, stop, model.config.max_position_embeddings, system, notices)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,541 @@
+"""Wrong names, wrong values and impossible combinations: one exact line each, with place, key and what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from llama_ft.recipe import Recipe
+from llama_ft.recipe.fields import fields_of, section_models
+from llama_ft.recipe.words import OTHER_NAMES
+from tests.recipe.conftest import GOOD, Report
+
+
+def good(**changes: str) -> str:
+    """GOOD with whole lines replaced: good(model="{base: x}")."""
+    lines = dict(line.split(": ", 1) for line in GOOD.splitlines())
+    return "".join(f"{key}: {value}\n" for key, value in (lines | changes).items())
+
+
+NAMES = {
+    "typo in a section": (
+        GOOD + "training: {learning_rat: 1e-4}\n",
+        ["r.yaml:5:12: training.learning_rat: unknown key 'learning_rat' — did you mean 'learning_rate'?"],
+    ),
+    "typo at the top": (
+        GOOD + "tempalte: x\n",
+        ["r.yaml:5:1: tempalte: unknown key 'tempalte' — did you mean 'template'?"],
+    ),
+    "capitals": (GOOD + "Export: {}\n", ["r.yaml:5:1: Export: unknown key 'Export' — did you mean 'export'?"]),
+    "dashes": (
+        GOOD + "training: {global-batch: 4}\n",
+        ["r.yaml:5:12: training.global-batch: unknown key 'global-batch' — did you mean 'global_batch'?"],
+    ),
+    "key of another section": (
+        GOOD + "learning_rate: 1e-4\n",
+        ["r.yaml:5:1: learning_rate: unknown key 'learning_rate' — did you mean 'training.learning_rate'?"],
+    ),
+    "key of two other sections": (
+        GOOD + "dtype: bfloat16\n",
+        ["r.yaml:5:1: dtype: unknown key 'dtype' — did you mean 'model.dtype' or 'export.dtype'?"],
+    ),
+    "key of a source": (
+        GOOD + "limit: 4\n",
+        ["r.yaml:5:1: limit: unknown key 'limit' — did you mean 'data.0.limit'?"],
+    ),
+    "top key in a section": (
+        GOOD + "training: {template: alpaca}\n",
+        ["r.yaml:5:12: training.template: unknown key 'template' — did you mean 'template' at the top of the recipe?"],
+    ),
+    "dotted key": (
+        GOOD + "training.seed: 1\n",
+        ["r.yaml:5:1: training.seed: unknown key 'training.seed' — in a file it is nested: training: {seed: …}"],
+    ),
+    "another project's name": (
+        GOOD + "per_device_train_batch_size: 1\nlora_alpha: 16\n",
+        [
+            "r.yaml:5:1: per_device_train_batch_size: unknown key 'per_device_train_batch_size'"
+            " — did you mean 'training.micro_batch'?",
+            "r.yaml:6:1: lora_alpha: unknown key 'lora_alpha' — did you mean 'adapter.alpha'?",
+        ],
+    ),
+    "nothing near": (
+        GOOD + "model_parallel_zzz: 1\nsequence: {qqq: 1}\n",
+        [
+            "r.yaml:5:1: model_parallel_zzz: unknown key 'model_parallel_zzz' — valid keys: adapter, data, eval_data, "
+            "export, launch, model, name, output_dir, reproduces, sequence, template, tracking …",
+            "r.yaml:6:12: sequence.qqq: unknown key 'qqq' — valid keys here: max_length, overlong, packing, train_on",
+        ],
+    ),
+    "extends in a section": (
+        GOOD + "training: {extends: x}\n",
+        [
+            "r.yaml:5:12: training.extends: unknown key 'extends' — extends stands at the top of a recipe file",
+        ],
+    ),
+    "newline in a key": (
+        GOOD + 'sequence: {"a\\nb": 1}\n',
+        ["r.yaml:5:12: sequence.a\\nb: unknown key 'a\\nb' — valid keys here: max_length, overlong, packing, train_on"],
+    ),
+    "all required keys": (
+        "# a comment\ntraining: {seed: 1}\n",
+        [
+            "r.yaml:2:1: name: name is missing"
+            " — add 'name: …' (Name of the run; letters, digits, dot, dash, underscore)",
+            "r.yaml:2:1: model: model is missing"
+            " — add 'model: {base: …}' (The base model: where its weights come from and how they are held)",
+            "r.yaml:2:1: data: data is missing — add 'data: [{use: …}]' (Sources of training rows)",
+            "r.yaml:2:1: template: template is missing"
+            " — add 'template: …' (A shipped template's name, a .jinja path, or `base` for the base model's own)",
+        ],
+    ),
+    "required in a section": (
+        good(reproduces="\n  source: x"),
+        ["r.yaml:6:3: reproduces.what: what is missing — add 'what: …' (Name of the published model or experiment)"],
+    ),
+    "required but null": (
+        good(name="null"),
+        ["r.yaml:1:7: name: name is missing — add 'name: …' (Name of the run; letters, digits, dot, dash, underscore)"],
+    ),
+}
+NUMBER = "a number above 0 is needed"
+VALUES = {
+    "text for a number": (
+        "training: {learning_rate: fast}",
+        [f"r.yaml:5:27: training.learning_rate: learning_rate is 'fast', {NUMBER}"],
+    ),
+    "quoted number": (
+        "training: {learning_rate: '2e-5'}",
+        [f"r.yaml:5:27: training.learning_rate: learning_rate is '2e-5', {NUMBER} — remove the quotes"],
+    ),
+    "out of range": (
+        "training: {learning_rate: -1e-4, seed: -1}",
+        [
+            f"r.yaml:5:27: training.learning_rate: learning_rate is -1e-4, {NUMBER}",
+            "r.yaml:5:40: training.seed: seed is -1, a whole number from 0 to 4294967295 is needed",
+        ],
+    ),
+    "infinity and NaN": (
+        "training: {epochs: .inf, weight_decay: .nan}",
+        [
+            f"r.yaml:5:20: training.epochs: epochs is .inf, {NUMBER} — infinity and NaN are no settings",
+            "r.yaml:5:40: training.weight_decay: weight_decay is .nan, a number from 0 up is needed"
+            " — infinity and NaN are no settings",
+        ],
+    ),
+    "too large": (
+        "training: {epochs: 1e999}",
+        [f"r.yaml:5:20: training.epochs: epochs is 1e999, {NUMBER} — this is too long or too large to be meant"],
+    ),
+    "true for a number": ("training: {epochs: true}", [f"r.yaml:5:20: training.epochs: epochs is true, {NUMBER}"]),
+    "fraction for a count": (
+        "adapter: {r: 16.0}",
+        ["r.yaml:5:14: adapter.r: r is 16.0, a whole number from 1 up is needed — write 16"],
+    ),
+    "underscores": (
+        "training: {save_every: 1_000}",
+        ["r.yaml:5:24: training.save_every: save_every is 1_000, a whole number from 1 up is needed — write 1000"],
+    ),
+    "leading zero": (
+        "adapter: {r: 010}",
+        ["r.yaml:5:14: adapter.r: r is 010, a whole number from 1 up is needed — write 10"],
+    ),
+    "share": (
+        "adapter: {dropout: 1}",
+        ["r.yaml:5:20: adapter.dropout: dropout is 1, a number from 0 to below 1 is needed"],
+    ),
+    "yes and off": (
+        "sequence: {packing: yes}\nexport: {merged: Off}",
+        [
+            "r.yaml:5:21: sequence.packing: packing is yes, true or false is needed — write true",
+            "r.yaml:6:18: export.merged: merged is Off, true or false is needed — write false",
+        ],
+    ),
+    "quoted true": (
+        "sequence: {packing: 'true'}",
+        ["r.yaml:5:21: sequence.packing: packing is 'true', true or false is needed — remove the quotes"],
+    ),
+    "no in a text": (
+        "output_dir: no",
+        [
+            "r.yaml:5:13: output_dir: output_dir is no, which YAML reads as true or false, text is needed"
+            ' — quote it: "no"'
+        ],
+    ),
+    "true in a text": (
+        "output_dir: true",
+        [
+            "r.yaml:5:13: output_dir: output_dir is true, which YAML reads as true or false, text is needed"
+            ' — quote it: "true"'
+        ],
+    ),
+    "date in a text": (
+        "output_dir: 2024-01-01",
+        [
+            "r.yaml:5:13: output_dir: output_dir is 2024-01-01, which YAML reads as a date, text is needed"
+            ' — quote it: "2024-01-01"'
+        ],
+    ),
+    "number in a text": (
+        "output_dir: 12e4",
+        [
+            "r.yaml:5:13: output_dir: output_dir is 12e4, which YAML reads as a number, text is needed"
+            ' — quote it: "12e4"'
+        ],
+    ),
+    "base 60 in a text": (
+        "output_dir: 12:30",
+        [
+            "r.yaml:5:13: output_dir: output_dir is 12:30, which YAML reads as a number, text is needed"
+            ' — quote it: "12:30"'
+        ],
+    ),
+    "word in capitals": (
+        "training: {schedule: Cosine}",
+        [
+            "r.yaml:5:22: training.schedule: schedule is 'Cosine', one of cosine, linear, constant is needed"
+            " — did you mean 'cosine'?"
+        ],
+    ),
+    "auto misspelt": (
+        "training: {micro_batch: auot}",
+        [
+            "r.yaml:5:25: training.micro_batch: micro_batch is 'auot', a whole number from 1 up or 'auto' is needed"
+            " — did you mean 'auto'?"
+        ],
+    ),
+    "zero for auto or a count": (
+        "training: {micro_batch: 0}",
+        ["r.yaml:5:25: training.micro_batch: micro_batch is 0, a whole number from 1 up or 'auto' is needed"],
+    ),
+    "nothing after the colon": (
+        "training:\n  max_steps:\n  seed: 1",
+        [
+            "r.yaml:6:13: training.max_steps: max_steps has no value"
+            " — write a whole number from 1 up after the colon, or null for the default"
+        ],
+    ),
+    "one word for a list": (
+        "tracking: wandb\nadapter: {targets: q_proj}",
+        [
+            "r.yaml:5:11: tracking: tracking is 'wandb', a list of names (tensorboard, wandb, mlflow, trackio)"
+            " is needed — write it as a list: [wandb]",
+            "r.yaml:6:20: adapter.targets: targets is 'q_proj', one of all-linear, attention or a list of one or more"
+            " texts is needed — write it as a list: [q_proj]",
+        ],
+    ),
+    "map for a list": (
+        "tracking: {wandb: true}",
+        [
+            "r.yaml:5:11: tracking: tracking is a map, a list of names (tensorboard, wandb, mlflow, trackio) is needed"
+            " — write '- ' before its first key"
+        ],
+    ),
+    "wrong entry of a list": (
+        "tracking: [wandb, tensorbord, null]",
+        [
+            "r.yaml:5:19: tracking.1: tracking is 'tensorbord', one of tensorboard, wandb, mlflow, trackio is needed"
+            " — did you mean 'tensorboard'?",
+            "r.yaml:5:31: tracking.2: this entry of the list is null"
+            " — one of tensorboard, wandb, mlflow, trackio is needed, or remove it",
+        ],
+    ),
+    "gguf": (
+        "export: {gguf: [Q4_K_M, f17]}",
+        [
+            "r.yaml:5:17: export.gguf.0: gguf is 'Q4_K_M', one of f16, q8_0, q6_k, q5_k_m, q4_k_m is needed"
+            " — did you mean 'q4_k_m'?",
+            "r.yaml:5:25: export.gguf.1: gguf is 'f17', one of f16, q8_0, q6_k, q5_k_m, q4_k_m is needed"
+            " — did you mean 'f16'?",
+        ],
+    ),
+    "value for a section": (
+        "adapter: lora\nsequence: 512\ntraining: [a]\nexport: []",
+        [
+            "r.yaml:5:10: adapter: adapter is 'lora', a map is needed — write {method: lora}",
+            "r.yaml:6:11: sequence: sequence is 512, a map is needed — write {max_length: 512}",
+            "r.yaml:7:11: training: training is a list, a map is needed — write its keys without '- '",
+            "r.yaml:8:9: export: export is an empty list, a map is needed — remove export for its default",
+        ],
+    ),
+    "union of a map and a list": (
+        "eval_data: {use: llama-qa}",
+        [
+            "r.yaml:5:12: eval_data: eval_data is a map, {holdout: …} or a list of one or more maps is needed"
+            " — write '- ' before its first key"
+        ],
+    ),
+    "union, a number": (
+        "eval_data: 0.1",
+        [
+            "r.yaml:5:12: eval_data: eval_data is 0.1, {holdout: …} or a list of one or more maps is needed"
+            " — write {holdout: 0.1}"
+        ],
+    ),
+    "holdout in a list": (
+        "eval_data: [{holdout: 0.1}]",
+        [
+            "r.yaml:5:14: eval_data.0.holdout: unknown key 'holdout'"
+            " — holdout stands alone, not in a list: eval_data: {holdout: 0.02}"
+        ],
+    ),
+    "holdout of a list": (
+        "eval_data: {holdout: [0.1], limit: 3}",
+        [
+            "r.yaml:5:22: eval_data.holdout: holdout is a list, a number above 0 and below 1 is needed",
+            "r.yaml:5:29: eval_data.limit: unknown key 'limit' — did you mean 'data.0.limit'?",
+        ],
+    ),
+}
+SOURCES = {
+    "a name for a source": (
+        good(data="[llama-qa, null, [x], {use: alpcaa}]"),
+        [
+            "r.yaml:3:8: data.0: data is 'llama-qa', a map is needed — write {use: llama-qa}",
+            "r.yaml:3:18: data.1: this entry of the list is null — a map is needed, or remove it",
+            "r.yaml:3:24: data.2: data is a list, a map is needed — write its keys without '- '",
+            "r.yaml:3:35: data.3.use: no such card 'alpcaa' — did you mean 'alpaca'?",
+        ],
+    ),
+    "a map for the list": (
+        good(data="{use: llama-qa}"),
+        ["r.yaml:3:7: data: data is a map, a list of one or more maps is needed — write '- ' before its first key"],
+    ),
+    "empty list": (
+        good(data="[]"),
+        ["r.yaml:3:7: data: data is an empty list, a list of one or more maps is needed — give one"],
+    ),
+    "free map": (
+        good(model="{base: smollm2-135m, rope_scaling: {rope_type: no, factor: 2.0}}"),
+        [
+            "r.yaml:2:55: model.rope_scaling: no is read differently by different YAML readers"
+            " — put it in quotes, or write a plain number, true or false"
+        ],
+    ),
+    "name": (
+        good(name="my/run"),
+        [
+            "r.yaml:1:7: name: name is 'my/run', a name of letters, digits, '.', '-' and '_' (100 at most) is needed",
+        ],
+    ),
+    "empty text": (good(template='""'), ["r.yaml:4:11: template: template is '', text is needed"]),
+}
+COMBINATIONS = {
+    "no source": (
+        good(data="[{split: train}]"),
+        ["r.yaml:3:8: data.0: a source needs use (a card) or path (a file) — add use: NAME, or path and layout"],
+    ),
+    "no layout": (
+        good(data="[{path: r.yaml}]"),
+        ["r.yaml:3:9: data.0.path: path without use needs a layout — add layout: alpaca, messages, …"],
+    ),
+    "two layouts": (
+        good(data="[{use: llama-qa, path: r.yaml, layout: alpaca}]"),
+        ["r.yaml:3:38: data.0.layout: the card that use names has its own layout — remove layout, or use"],
+    ),
+    "split of a file": (
+        good(data="[{path: r.yaml, layout: alpaca, split: test}]"),
+        ["r.yaml:3:39: data.0.split: a file has no splits, only a card has — remove split, or add use"],
+    ),
+    "split of a card": (
+        good(data="[{use: llama-qa, split: held}]"),
+        ["r.yaml:3:31: data.0.split: the card llama-qa has no split 'held' — did you mean 'heldout'?"],
+    ),
+    "no weight": (
+        good(data="[{use: llama-qa, weight: 0}, {use: alpaca, weight: 0.0}]"),
+        ["r.yaml:3:1: data: every source has weight 0, there is nothing to train on — give one a weight above 0"],
+    ),
+    "preference rows": (
+        good(data="[{path: r.yaml, layout: preference}]"),
+        ["r.yaml:3:23: data.0.layout: sft cannot train on preference rows — sft takes conversations; dpo takes pairs"],
+    ),
+    "pretrain": (
+        good(data="[{path: r.yaml, layout: alpaca}]", training="{objective: pretrain}"),
+        [
+            "r.yaml:3:23: data.0.layout: pretrain reads layout text, not alpaca"
+            " — write layout: text, or objective: sft",
+            "r.yaml:5:12: training.objective: this version cannot train pretrain yet — it trains sft",
+        ],
+    ),
+    "packing": (
+        GOOD + "sequence: {packing: true}\ntraining: {objective: reward}\n",
+        [
+            "r.yaml:5:12: sequence.packing: reward cannot pack, its documents stand alone"
+            " — write sequence: {packing: false}",
+            "r.yaml:6:12: training.objective: this version cannot train reward yet — it trains sft",
+        ],
+    ),
+    "packing by default": (
+        GOOD + "training: {objective: grpo}\n",
+        [
+            "r.yaml:5:12: training.objective: this version cannot train grpo yet — it trains sft",
+            "r.yaml:5:12: training.objective: grpo cannot pack, its documents stand alone"
+            " — write sequence: {packing: false}",
+        ],
+    ),
+    "split answers": (
+        GOOD + "sequence: {packing: false, overlong: split}\ntraining: {objective: dpo}\n",
+        [
+            "r.yaml:5:28: sequence.overlong: dpo compares whole answers, which cannot be split"
+            " — write drop or truncate",
+            "r.yaml:6:12: training.objective: this version cannot train dpo yet — it trains sft",
+        ],
+    ),
+    "qlora in float16 on a CPU": (
+        good(model="{base: smollm2-135m, dtype: float16}", adapter="{method: qlora}"),
+        [
+            "r.yaml:2:29: model.dtype: qlora with float16 cannot run on a CPU, which the launch config asks for"
+            " — write bfloat16 or float32, or another launch config",
+            "r.yaml:5:11: adapter.method: this version cannot train qlora yet — it trains full, lora",
+        ],
+    ),
+    "float16 on a CPU": (
+        good(model="{base: smollm2-135m, dtype: float16}"),
+        [
+            "r.yaml:2:29: model.dtype: lora with float16 cannot run on a CPU, which the launch config asks for"
+            " — write bfloat16 or float32, or another launch config"
+        ],
+    ),
+    "float16 on a GPU": (
+        good(model="{base: smollm2-135m, dtype: float16}", launch="accelerate_configs/ddp.yaml"),
+        [],
+    ),
+    "full with an adapter": (
+        GOOD + "adapter:\n  method: full\n  r: 8\n  targets: attention\n  alpha: null\n",
+        [
+            "r.yaml:7:3: adapter.r: r belongs to lora and qlora, method: full trains every weight"
+            " — remove it; where a parent sets it, write r: null",
+            "r.yaml:8:3: adapter.targets: targets belongs to lora and qlora, method: full trains every weight"
+            " — remove it; where a parent sets it, write targets: null",
+        ],
+    ),
+    "projection": (
+        GOOD + "adapter: {targets: [q_proj, v_prj]}\n",
+        ["r.yaml:5:29: adapter.targets.1: a LLaMA has no projection 'v_prj' — did you mean 'v_proj'?"],
+    ),
+    "warm-up without end": (
+        GOOD + "training: {warmup: 10, max_steps: 10}\n",
+        [
+            "r.yaml:5:12: training.warmup: warm-up takes 10 steps, training stops after 10"
+            " — write fewer steps, or a share such as 0.03"
+        ],
+    ),
+    "warm-up that ends": (GOOD + "training: {warmup: 9, max_steps: 10}\n", []),
+    "half a step": (
+        GOOD + "training: {warmup: 1.6}\n",
+        [
+            "r.yaml:5:12: training.warmup: 1.6 is neither a share below 1 nor a whole number of steps — write 2",
+        ],
+    ),
+    "micro-batch": (
+        GOOD + "training: {global_batch: 12, micro_batch: 5}\n",
+        [
+            "r.yaml:5:30: training.micro_batch: a global batch of 12 documents cannot be made of micro-batches of 5"
+            " — write 4, or auto"
+        ],
+    ),
+    "micro-batch above the default global batch": (
+        GOOD + "training: {micro_batch: 256}\n",
+        [
+            "r.yaml:5:12: training.micro_batch: a global batch of 128 documents cannot be made of micro-batches of 256"
+            " — write 128, or auto"
+        ],
+    ),
+    "too long": (
+        GOOD + "sequence: {max_length: 8193}\n",
+        [
+            "r.yaml:5:12: sequence.max_length: 8193 tokens are more than smollm2-135m can read, 8192"
+            " — write 8192 or less, or set model.rope_scaling"
+        ],
+    ),
+    "preset without tokenizer": (
+        good(model="{base: 'preset:tiny'}"),
+        ["r.yaml:2:9: model.base: preset:tiny has no tokenizer of its own — add model.tokenizer, e.g. smollm2-135m"],
+    ),
+    "preset": (good(model="{base: 'preset:tiny', tokenizer: smollm2-135m}", sequence="{max_length: 100000}"), []),
+    "revision": (
+        good(model="{base: smollm2-135m, revision: main}"),
+        ["r.yaml:2:29: model.revision: smollm2-135m is not on the hub and has no revisions — remove revision"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), NAMES.values(), ids=NAMES.keys())
+def test_names(report: Report, text: str, expected: list[str]) -> None:
+    assert report(text) == expected
+
+
+@pytest.mark.parametrize(("lines", "expected"), VALUES.values(), ids=VALUES.keys())
+def test_values(report: Report, lines: str, expected: list[str]) -> None:
+    assert report(f"{GOOD}{lines}\n") == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), SOURCES.values(), ids=SOURCES.keys())
+def test_sources(report: Report, text: str, expected: list[str]) -> None:
+    assert report(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), COMBINATIONS.values(), ids=COMBINATIONS.keys())
+def test_combinations(report: Report, text: str, expected: list[str]) -> None:
+    assert report(text) == expected
+
+
+def test_all_mistakes_of_a_file_in_one_report_in_file_order(report: Report) -> None:
+    """YAML's own mistakes, names, values, look-ups and combinations stand together, sorted by line and column."""
+    problems = report(
+        "template: alpca\n"
+        "name: no\n"
+        "name: x\n"
+        "model: {base: smolm2-135m, dtyp: float16}\n"
+        "1: x\n"
+        "adapter: {r: 8, method: full}\n"
+        "data: [{use: alpcaa}]\n"
+        "training: {warmup: 9, max_steps: 5, epochs: three}\n"
+        "launch: accelerate_configs/gpu.yaml\n"
+        "output_dir: !x y\n"
+    )
+    assert [problem.split(" ")[:2] for problem in problems] == [
+        ["r.yaml:1:11:", "template:"],
+        ["r.yaml:2:7:", "name:"],
+        ["r.yaml:3:1:", "name:"],
+        ["r.yaml:4:15:", "model.base:"],
+        ["r.yaml:4:28:", "model.dtyp:"],
+        ["r.yaml:5:1:", "the"],
+        ["r.yaml:6:11:", "adapter.r:"],
+        ["r.yaml:7:14:", "data.0.use:"],
+        ["r.yaml:8:12:", "training.warmup:"],
+        ["r.yaml:8:45:", "training.epochs:"],
+        ["r.yaml:9:9:", "launch:"],
+        ["r.yaml:10:13:", "output_dir:"],
+    ]
+
+
+def test_every_word_of_pydantic_is_translated(report: Report) -> None:
+    """A wrong value for each key of the schema in turn: the report never speaks pydantic's own words."""
+    jargon = ("Input should", "valid integer", "type=", "validation error", "Extra inputs", "literal", "strict", "str")
+    for section, model in section_models().items():
+        for name, field in fields_of(model).items():
+            wrong = "[[1]]" if field.model or field.takes_any_map else "{a: {b: c}}"
+            body = f"{name}: {wrong}"
+            for part in reversed(section.split(".") if section else []):
+                body = (
+                    f"[{{{body}}}]"
+                    if part == "0"
+                    else f"{part}: {{{body}}}"
+                    if not body.startswith("[")
+                    else f"{part}: {body}"
+                )
+            body = body.replace(": {[", ": [")
+            top = body.split(":")[0]
+            text = "\n".join(line for line in GOOD.splitlines() if not line.startswith(f"{top}:"))
+            problems = report(f"{text}\n{body}\n")
+            key = f"{section}.{name}" if section else name
+            assert any(f" {key}: " in problem or f" {key}." in problem for problem in problems), (key, problems)
+            assert not any(word in problem.split(" — ")[0] for problem in problems for word in jargon), problems
+
+
+def test_other_projects_names_point_to_real_keys() -> None:
+    for target in OTHER_NAMES.values():
+        section, _, name = target.rpartition(".")
+        assert name in fields_of(section_models()[section])
+    for name in OTHER_NAMES:
+        assert name not in Recipe.model_fields
