@@ -152,7 +152,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: rates, ratio of ours to each, peak memory, and the loss beside the float32 reference."""
     ours = rows[OURS]
     lines = [
-        "| | non-pad tokens/s (min–max) | labelled tokens/s | ours / this | peak RSS, GiB | ours / this | max \\|Δ loss\\| to fp32 |",
+        "| | non-pad tokens/s (min–max) | labelled tokens/s | ours / this | peak RSS, GiB | ours / this "
+        "| max \\|Δ loss\\| to fp32 |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -217,8 +218,8 @@ def main() -> None:
         row["loss_gap"] = None if regrouped else loss_gap(row["losses"], expected)
     command = "python -m benchmarks.train " + " ".join(sys.argv[1:])
     text = (
-        f"`{command}`\n\n{about['cpu']}, {about['cores']} cores, GEMM {about['gemm_gflops']['float32']} GFLOP/s float32 "
-        f"and {about['gemm_gflops']['bfloat16']} bfloat16; "
+        f"`{command}`\n\n{about['cpu']}, {about['cores']} cores, "
+        f"GEMM {about['gemm_gflops']['float32']} GFLOP/s float32 and {about['gemm_gflops']['bfloat16']} bfloat16; "
         + ", ".join(f"{k} {v}" for k, v in about["versions"].items())
         + f"; {about['date']}. {options.rounds} rounds in turn, documents sha256 {digest[:12]}.\n\n{table(rows)}\n"
     )

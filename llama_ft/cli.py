@@ -68,8 +68,8 @@ def schema() -> None:
 def preview(
     recipe: RecipeArg,
     overrides: Overrides = None,
-    limit: Annotated[int, typer.Option(min=1, help="Documents to show.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per document, nothing else on stdout.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents to show.", show_default="5; all as JSON")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per document on stdout, no more.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show what the model will see: tokens coloured by loss, and dropped rows with reasons."""
@@ -98,9 +98,7 @@ def train(
 
 
 @app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], debug: Debug = False
-) -> None:
+def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], debug: Debug = False) -> None:
     """Merge a run's adapter into its base and prove the result equal to what was trained."""
     with user_facing(debug=debug):
         from llama_ft.export.run import export_run

@@ -47,7 +47,12 @@ class UserError(Exception):
     title = "cannot go on"
 
     def __init__(
-        self, what: str | Iterable[Problem], *, where: str | None = None, key: str | None = None, hint: str | None = None
+        self,
+        what: str | Iterable[Problem],
+        *,
+        where: str | None = None,
+        key: str | None = None,
+        hint: str | None = None,
     ):
         self.problems = [Problem(what, where, key, hint)] if isinstance(what, str) else list(what)
         super().__init__("\n".join(map(str, self.problems)))
@@ -88,7 +93,7 @@ def did_you_mean(name: object, valid: Iterable[str], *, kind: str = "names") -> 
 
 @contextmanager
 def user_facing(*, debug: bool = False) -> Iterator[None]:
-    """Turns a :class:`UserError` into its block on stderr and the right exit code; `debug` lets the traceback through."""
+    """Turns a :class:`UserError` into its block on stderr and its exit code; `debug` lets the traceback through."""
     try:
         yield
     except UserError as error:

@@ -19,7 +19,7 @@ def shipped_root() -> Path:
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder for what can be made again: `$LLAMA_FT_CACHE`, else `$XDG_CACHE_HOME/llama_ft`, else `~/.cache/llama_ft`."""
+    """A folder for what can be made again: `$LLAMA_FT_CACHE`, else `llama_ft` in `$XDG_CACHE_HOME` or `~/.cache`."""
     override = os.environ.get("LLAMA_FT_CACHE")
     base = Path(override) if override else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_ft"
     return base.joinpath(*parts)

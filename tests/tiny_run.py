@@ -59,11 +59,12 @@ def make_run(folder: Path, base: Path, **overrides: Any) -> tuple[Run, PreTraine
     for name, pairs in (("train", QUESTIONS[:16]), ("held", QUESTIONS[16:])):
         turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
         write_text(folder / f"{name}.jsonl", "".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    full = overrides.get("adapter__method") == "full"
     path = folder / "source.yaml"
     recipe_text = {
         "name": "tiny",
         "model": {"base": str(base), "dtype": "float32"},
-        "adapter": {"method": "lora", "r": 4, "alpha": 8},
+        "adapter": {"method": "full"} if full else {"method": "lora", "r": 4, "alpha": 8},
         "data": [{"path": str(folder / "train.jsonl"), "layout": "messages"}],
         "eval_data": [{"path": str(folder / "held.jsonl"), "layout": "messages"}],
         "template": "chatml",
@@ -79,7 +80,6 @@ def make_run(folder: Path, base: Path, **overrides: Any) -> tuple[Run, PreTraine
         run.lock_file,
         {"base": recipe.model.base, "base_folder": str(base), "seed": 42, "data": prepared.report.as_dict()},
     )
-    full = recipe.adapter.method == "full"
     model: Any = load_model(
         base,
         torch.float32 if full else DTYPES[recipe.model.dtype],

@@ -9,6 +9,7 @@ keeps x and x·Aᵀ only. PEFT still owns the parameters: this only computes wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def _columns(wide: Tensor, low: Tensor, ups: Sequence[Tensor]) -> tuple[Sequence
     return wide.split([up.shape[0] for up in ups], dim=1), low.split([up.shape[1] for up in ups], dim=1)
 
 
-def can_fuse(linear: nn.Module) -> bool:
+def can_fuse(linear: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether the formula above is what this module computes."""
     if not isinstance(linear, LoraLinear) or linear.disable_adapters or linear.merged:
         return False
@@ -81,18 +82,15 @@ def can_fuse(linear: nn.Module) -> bool:
 
 def fused_project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """Fills the model's projection seam: fused where every module allows it, else exactly what PEFT computes."""
-    if not any(isinstance(linear, LoraLinear) for linear in linears):
-        return project(x, linears)
-    if not all(can_fuse(linear) for linear in linears):
+    loras = [linear for linear in linears if can_fuse(linear)]
+    if len(loras) < len(linears):
+        return (project_each if any(isinstance(linear, LoraLinear) for linear in linears) else project)(x, linears)
+    parts: list[tuple[Any, str]] = [(lora, lora.active_adapters[0]) for lora in loras]
+    scales = {lora.scaling[name] for lora, name in parts}
+    weights = [lora.get_base_layer().weight for lora, _ in parts]
+    if len(scales) != 1 or x.dtype != weights[0].dtype:
         return project_each(x, linears)
-    names = [linear.active_adapters[0] for linear in linears]
-    scales = {linear.scaling[name] for linear, name in zip(linears, names, strict=True)}
-    if len(scales) != 1 or x.dtype != linears[0].get_base_layer().weight.dtype:
-        return project_each(x, linears)
-    factors = []
-    for linear, name in zip(linears, names, strict=True):
-        factors += [linear.lora_A[name].weight, linear.lora_B[name].weight]
-    weights = [linear.get_base_layer().weight for linear in linears]
+    factors = [matrix[name].weight for lora, name in parts for matrix in (lora.lora_A, lora.lora_B)]
     return _FusedLora.apply(x, _stacked(weights), scales.pop(), *factors)
 
 

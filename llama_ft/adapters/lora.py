@@ -36,7 +36,7 @@ def lora_config(adapter: Adapter) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number will do
         lora_dropout=adapter.dropout,
         target_modules=target_modules(adapter.targets),
         bias="none",

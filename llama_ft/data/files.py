@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,12 @@ _CONFLICT = re.compile(r"\s*(<<<<<<< |=======\s|>>>>>>> )")
 
 
 def shown(path: Path) -> str:
-    """A path as messages and reports name it: from the working directory if it lies there, else whole."""
+    """A path as messages and reports name it: relative if it lies in or just beside the working directory."""
     try:
-        return str(path.relative_to(Path.cwd()))
-    except (ValueError, OSError):
+        relative = os.path.relpath(path)
+    except (ValueError, OSError):  # another drive, or a working directory that is gone
         return str(path)
+    return str(path) if relative.startswith("../..") else relative
 
 
 def check_file(path: Path, *, key: str | None = None) -> None:
@@ -171,7 +173,9 @@ def _tail(path: Path, text: str, at: int, problems: Problems) -> None:
     at = _skip(text, at)
     if at < len(text):
         line = text.count("\n", 0, at) + 1
-        problems.add(f"text after the array's closing bracket (line {line}): found {found(text[at:])}", where=shown(path))
+        problems.add(
+            f"text after the array's closing bracket (line {line}): found {found(text[at:])}", where=shown(path)
+        )
 
 
 def _no_array(path: Path, text: str, at: int, problems: Problems) -> None:
@@ -230,7 +234,9 @@ def _not_json(path: Path, row: int, text: str, error: Exception, problems: Probl
 
 def _not_utf8(path: Path, row: int, byte: int, problems: Problems) -> None:
     what = f"found byte 0x{byte:02x}, expected UTF-8 text"
-    problems.add(what, where=f"{shown(path)}, row {row}", hint="save it as UTF-8 (for example iconv -f LATIN1 -t UTF-8)")
+    problems.add(
+        what, where=f"{shown(path)}, row {row}", hint="save it as UTF-8 (for example iconv -f LATIN1 -t UTF-8)"
+    )
 
 
 def _listed(folder: Path) -> str:

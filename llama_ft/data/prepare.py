@@ -25,9 +25,8 @@ from llama_ft.recipe.schema import Holdout, Recipe
 from llama_ft.tokenizer.load import load_tokenizer, settle_pad
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     import datasets
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)

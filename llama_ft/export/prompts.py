@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,6 +11,8 @@ from llama_ft.data.layouts import Conversation
 from llama_ft.data.prepare import Prepared
 from llama_ft.data.render import Renderer, TemplateRefusal
 from llama_ft.export.proof import LONGEST, PROMPTS, Document, choose_documents
+
+_LAST = 64  # training documents to choose from where nothing is held out
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,12 @@ class Prompt:
 
 def choose_prompts(prepared: Prepared) -> tuple[list[Document], list[Prompt]]:
     """Documents to compare logits on and prompts to answer: held-out ones, or the last of training if none are."""
-    held_out = prepared.eval is not None and len(prepared.eval) > 0
-    rows = prepared.eval if held_out else prepared.train
-    if not held_out:
-        rows = rows.select(range(max(0, len(rows) - 64), len(rows)))
-    documents = choose_documents(rows)
-    prompts = _from_conversations(prepared) if held_out else []
-    return documents, prompts or _from_documents(documents)
+    if prepared.eval is not None and len(prepared.eval) > 0:
+        documents = choose_documents(prepared.eval)
+        return documents, _from_conversations(prepared) or _from_documents(documents)
+    count = len(prepared.train)
+    documents = choose_documents(prepared.train.select(range(max(0, count - _LAST), count)))
+    return documents, _from_documents(documents)
 
 
 def _from_conversations(prepared: Prepared) -> list[Prompt]:
@@ -67,7 +69,8 @@ def template_faults(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -
     for number, prompt in enumerate(prompts, 1):
         if prompt.turns is None:
             continue
-        ids = tokenizer.apply_chat_template(prompt.turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        messages: Any = prompt.turns
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         if ids != prompt.ids:
             pairs = enumerate(zip(ids, prompt.ids, strict=False))
             at = next((i for i, (left, right) in pairs if left != right), min(len(ids), len(prompt.ids)))

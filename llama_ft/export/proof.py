@@ -20,8 +20,8 @@ DOCUMENTS = 8
 """Held-out documents that are looked at, more when they are short."""
 LONGEST = 256
 """Tokens of a document that are looked at."""
-POSITIONS = 200
-"""Positions to reach, if the data has as many."""
+POSITIONS = 500
+"""Positions to reach, if the data has as many: rounding to bfloat16 alone changes the first token at 0.3 % of them."""
 PROMPTS = 3
 """Prompts that are answered."""
 NEW_TOKENS = 48
@@ -82,14 +82,14 @@ def pick_device(model: PreTrainedModel) -> torch.device:
 
 
 @torch.inference_mode()
-def observe(model: PreTrainedModel, documents: list[Document], prompts: list[list[int]]) -> Seen:
-    """Logits of every document, one at a time and so without padding; and greedy answers through the KV cache.
+def observe(model: Any, documents: list[Document], prompts: list[list[int]]) -> Seen:
+    """What a causal language model says: logits of each document, alone and so without padding, and greedy answers.
 
     The model's own generation_config says where an answer ends.
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     logits, answers = [], []
     for document in documents:
         ids = torch.tensor([document.ids], device=device)

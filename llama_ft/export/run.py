@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel
 
 from llama_ft.adapters.merge import LoraFile, disk_fault, merge_adapter, read_lora
 from llama_ft.data.prepare import Prepared, inspect_data
@@ -176,13 +177,14 @@ def _adapter_facts(job: _Job) -> dict[str, Any] | None:
 
 def _ask_trained(job: _Job, documents: list[Document], prompts: list[Prompt]) -> Seen:
     """What the trained model says. What was loaded for it leaves memory with this function."""
+    model: Any
     if job.lora is None:
         model = full_model(job.run, job.live)
     else:
-        model = read_back(job.base, job.lora, job.run.recipe)
+        read = read_back(job.base, job.lora, job.run.recipe)
         if job.live is not None:
-            check_live(job.live, model)
-        model = model.get_base_model()  # PEFT has put its layers into it
+            check_live(job.live, read)
+        model = read.get_base_model()  # PEFT has put its layers into it
     if model is not job.live:
         model = model.to(pick_device(model))
     own, model.generation_config = model.generation_config, greedy_config(job.stop, job.prepared.tokenizer)
@@ -192,11 +194,12 @@ def _ask_trained(job: _Job, documents: list[Document], prompts: list[Prompt]) ->
         model.generation_config = own
 
 
-def reopen(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Opens an export with plain transformers, as anybody would, in float32. UserError if a weight has no place."""
-    model, report = transformers.LlamaForCausalLM.from_pretrained(
+def reopen(folder: Path) -> tuple[Any, Any]:
+    """Model (float32) and tokenizer, opened with plain transformers. UserError if weights and config do not fit."""
+    opened: Any = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    model, report = opened
     faults = [f"{kind}: {', '.join(map(str, sorted(report[kind])[:3]))}" for kind in sorted(report) if report[kind]]
     if faults:
         raise UserError(f"the merged model does not open cleanly: {'; '.join(faults)}", where=str(folder))
@@ -222,7 +225,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def _quiet_and_exact() -> Iterator[None]:
-    """No progress bars of transformers, and float32 products that are float32 (no TF32, no bfloat16 passes)."""
+    """No chatter of the libraries, and float32 products that are float32 (no TF32, no bfloat16 passes)."""
     from transformers.utils import logging
 
     precision = torch.get_float32_matmul_precision()
@@ -230,7 +233,9 @@ def _quiet_and_exact() -> Iterator[None]:
     logging.disable_progress_bar()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what PEFT still calls in transformers is theirs to settle
+            yield
     finally:
         torch.set_float32_matmul_precision(precision)
         if bars:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -61,7 +62,8 @@ def read_back(base: Path, lora: LoraFile, recipe: Recipe) -> PeftModel:
         if problems:
             break
         down, up = lora.factors[f"{name}.weight"]
-        read_down, read_up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        read_down: Any = layer.lora_A["default"].weight
+        read_up: Any = layer.lora_B["default"].weight
         if not torch.equal(read_down.cpu(), down) or not torch.equal(read_up.cpu(), up):
             problems.append(Problem(f"PEFT read other values for {name} than the file holds", str(lora.path)))
         elif layer.scaling["default"] != lora.scale:
@@ -96,11 +98,11 @@ def check_live(live: nn.Module, read: nn.Module) -> None:
         )
 
 
-def full_model(run: Run, live: PreTrainedModel | None) -> PreTrainedModel:
+def full_model(run: Run, live: PreTrainedModel | PeftModel | None) -> PreTrainedModel:
     """A fully tuned model in float32: the one in memory, or the newest checkpoint's weights."""
     if live is not None:
         in_float32 = all(parameter.dtype == torch.float32 for parameter in live.parameters())
-        return live if in_float32 else copy.deepcopy(live).float()
+        return cast(PreTrainedModel, live if in_float32 else copy.deepcopy(live).float())
     return load_model(newest_weights(run), torch.float32, rope_scaling=run.recipe.model.rope_scaling)
 
 

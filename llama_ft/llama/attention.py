@@ -85,8 +85,8 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], gqa: b
     """One SDPA per document: the plain twin that the fast paths are tested against. Returns [N, H, D]."""
     outs = []
     for start, stop in pairwise(bounds):
-        parts = (_kernel_layout(t, start, stop) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=gqa)
+        q_, k_, v_ = (_kernel_layout(t, start, stop) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=gqa)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs)
 
@@ -95,7 +95,9 @@ def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: i
     """One variable-length flash kernel over all documents (16-bit types only). Returns [N, H, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=gqa)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=gqa)
+    assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
+    return out
 
 
 class Packed:

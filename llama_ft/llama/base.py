@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from llama_ft.errors import UserError
 from llama_ft.llama import smollm2
-from llama_ft.tokenizer.hub import hub_problem
+from llama_ft.tokenizer.hub import hub_problem, quick_hub
 
 TOKENIZER_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
@@ -30,7 +29,8 @@ def locate_base(base: str, revision: str | None = None, *, weights: bool = True)
 
     patterns = TOKENIZER_FILES + (WEIGHT_FILES if weights else [])
     try:
-        found = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        with quick_hub():
+            found = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise hub_problem(error, base) from error
     _check_folder(found, weights=weights)
@@ -40,7 +40,7 @@ def locate_base(base: str, revision: str | None = None, *, weights: bool = True)
 def _check_folder(folder: Path, *, weights: bool) -> None:
     config = folder / "config.json"
     if not config.is_file():
-        found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UserError(
             f"{folder} is not a model folder: it has no config.json (found: {found})",
             key="model.base",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def load_config(folder: Path, rope_scaling: dict | None = None) -> LlamaConfig:
         )
     config = LlamaConfig.from_pretrained(folder)
     if rope_scaling is not None:
-        config.rope_parameters = {**config.rope_parameters, **rope_scaling}
+        config.rope_parameters = {**(config.rope_parameters or {}), **rope_scaling}
     return config
 
 
@@ -39,7 +40,7 @@ def load_model(
 ) -> LlamaForCausalLM:
     """Our LLaMA with the folder's weights rounded to `dtype`, held in `compute_dtype` (None: the same)."""
     with quiet_transformers():
-        model, report = LlamaForCausalLM.from_pretrained(
+        loaded: Any = LlamaForCausalLM.from_pretrained(
             folder,
             config=load_config(folder, rope_scaling),
             dtype=dtype,
@@ -48,6 +49,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # they come back in the report, and are refused below by name
             output_loading_info=True,
         )
+    model, report = loaded
     faults = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, v[:3]))}" for kind, v in faults.items() if v)

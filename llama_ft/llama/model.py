@@ -108,8 +108,9 @@ class LlamaPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies(module.inv_freq.device)[0])
 
@@ -132,6 +133,7 @@ class LlamaModel(LlamaPreTrainedModel):
     def set_project(self, project: Project) -> None:
         """Fills the seam: every projection goes through `project` from now on."""
         for layer in self.layers:
+            assert isinstance(layer, LlamaDecoderLayer)
             layer.self_attn.project = layer.mlp.project = project
 
     def run(self, x: Tensor, context: Packed | Cached) -> Tensor:
@@ -303,9 +305,10 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         cu_seqlens: Sequence[int] | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats per labelled token, a float32 scalar; 0 with a gradient of 0 when nothing is labelled."""
+        """Cross-entropy in nats per labelled token, a float32 scalar; 0 (and its gradient) when nothing is labelled."""
         embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        packing = Packing.of(*labels.shape, attention_mask, position_ids, cu_seqlens, embeds.device)
+        batch, length = labels.shape
+        packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device)
         targets = shift_labels(packing.take(labels), packing.bounds)
         labelled = (targets != IGNORE).nonzero().squeeze(-1)
         hidden = self.model.forward_packed(packing.take(embeds), packing.positions, packing.bounds)

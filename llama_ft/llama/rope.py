@@ -6,6 +6,8 @@ Scaled variants (linear, llama3, yarn) take their frequencies from transformers,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -24,7 +26,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: LlamaConfig, device: torch.device | None = None):
         super().__init__()
         self.config = config
-        self.rope_type: str = config.rope_parameters.get("rope_type", "default")
+        self.parameters: dict[str, Any] = dict(config.rope_parameters or {})
+        self.rope_type: str = self.parameters.get("rope_type", "default")
         inv_freq, self.attention_scaling = self.frequencies(device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
@@ -35,7 +38,7 @@ class RotaryEmbedding(nn.Module):
                 self.config.hidden_size // self.config.num_attention_heads
             )
             exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-            return 1.0 / self.config.rope_parameters["rope_theta"] ** exponent, 1.0
+            return 1.0 / self.parameters["rope_theta"] ** exponent, 1.0
         if self.rope_type not in ("linear", "llama3", "yarn"):
             raise ValueError(f"rope_type '{self.rope_type}' is not supported: use linear, llama3 or yarn")
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config, device)
@@ -44,9 +47,7 @@ class RotaryEmbedding(nn.Module):
         """Moves with the model but keeps float32 through `.to(bfloat16)`; leaves the meta device with real values."""
         was_meta = self.inv_freq.is_meta
         super()._apply(fn, recurse)
-        if was_meta and not self.inv_freq.is_meta:
-            self.inv_freq = self.frequencies(self.inv_freq.device)[0]
-        elif self.inv_freq.dtype != torch.float32:
+        if (was_meta and not self.inv_freq.is_meta) or self.inv_freq.dtype != torch.float32:
             self.inv_freq = self.frequencies(self.inv_freq.device)[0]
         return self
 
@@ -59,7 +60,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns heads [N, H, D] in place by the angles of cos and sin [N, 1, D / 2]; pass −sin to turn back. No autograd."""
+    """Turns heads [N, H, D] in place by cos and sin [N, 1, D / 2]; pass −sin to turn back. No autograd."""
     first, second = heads.chunk(2, dim=-1)
     old_first = first.clone()
     first.mul_(cos).addcmul_(second, sin, value=-1)

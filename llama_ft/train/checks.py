@@ -14,7 +14,7 @@ ADAM_BYTES = 8
 
 
 def check_run_folder(run: Run, *, resume: bool, overwrite: bool) -> int | None:
-    """The step to resume from, or None for a fresh start. UserError if the folder holds a run and neither flag is set."""
+    """The step to resume from, or None for a fresh start. UserError if a run is there and neither flag is set."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other", hint="give one of them")
     exists = run.recipe_file.exists() or run.checkpoints.exists()

@@ -19,8 +19,8 @@ STATUS_FILE = "LLAMA_FT_STATUS_FILE"
 def launch_command(recipe_path: str, overrides: list[str], flags: list[str]) -> list[str]:
     """The exact `accelerate launch` line for a recipe, as a list of arguments."""
     config = load_recipe(recipe_path, overrides).launch
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--config_file", config]
-    return [*launcher, "-m", "llama_ft.train", recipe_path, *overrides, *flags]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    return [*launcher, "--config_file", config, "-m", "llama_ft.train", recipe_path, *overrides, *flags]
 
 
 def launch(recipe_path: str, overrides: list[str], flags: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What the user sees and keeps while a run trains: a progress line, metrics.jsonl, TensorBoard, loss.png, a clean stop."""
+"""What the user sees and keeps while a run trains: a progress line, metrics.jsonl, loss.png, a clean stop."""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ class Loaded:
     compute_dtype: torch.dtype
 
 
-def train_recipe(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()
-) -> Run:
+def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()) -> Run:
     """Trains a recipe in the processes the launcher started, exports and proves it. Returns the finished run.
 
     resume: go on from the newest whole checkpoint; overwrite: replace a run in the same folder; allow: preflight
@@ -88,7 +86,8 @@ def train_recipe(
     console.print(
         f"{recipe.name}: {documents:,} documents, {trained:,} of {everything:,} weights trained, global batch "
         f"{recipe.training.global_batch} = {micro_batch} × {accumulation} × {state.num_processes}, "
-        f"{str(loaded.compute_dtype).removeprefix('torch.')} on {state.device.type} ({torch.get_num_threads()} threads)",
+        f"{str(loaded.compute_dtype).removeprefix('torch.')} on {state.device.type} "
+        f"({torch.get_num_threads()} threads)",
         highlight=False,
     )
 
@@ -169,7 +168,9 @@ def trackers(recipe: Recipe, run: Run) -> list[TrainerCallback]:
                 found.append(get_reporting_integration_callbacks([name])[0]())
             except (ImportError, RuntimeError) as error:
                 raise UserError(
-                    f"tracking names '{name}', which is not installed", key="tracking", hint="pip install llama-ft[track]"
+                    f"tracking names '{name}', which is not installed",
+                    key="tracking",
+                    hint="pip install llama-ft[track]",
                 ) from error
     return found
 
@@ -206,9 +207,7 @@ def say_stopped(run: Run, console: Console) -> None:
         console.print("go on with the same command and --resume", highlight=False)
 
 
-def finish(
-    trainer: LlamaTrainer, prepared: Prepared, run: Run, console: Console, samples: Samples | None
-) -> None:
+def finish(trainer: LlamaTrainer, prepared: Prepared, run: Run, console: Console, samples: Samples | None) -> None:
     """Saves what was trained, reads it back, answers the held-out questions again, merges, proves, reports."""
     recipe = run.recipe
     trainer.accelerator.wait_for_everyone()

@@ -6,9 +6,8 @@ import json
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
+from llama_ft.data.layouts import Conversation
 from llama_ft.data.prepare import Prepared
 from llama_ft.data.render import Renderer
 from llama_ft.files import write_json
@@ -28,7 +27,7 @@ class Samples:
         self.chosen = [turns for turns in conversations[::stride] if turns[-1]["role"] == "assistant"][:QUESTIONS]
 
     @torch.inference_mode()
-    def answer(self, model: PreTrainedModel | PeftModel, when: Literal["before", "after"]) -> None:
+    def answer(self, model: Any, when: Literal["before", "after"]) -> None:
         """Answers every question with the model as it is and writes the file; keeps what the other moment wrote."""
         if not self.chosen:
             return
@@ -48,7 +47,8 @@ class Samples:
                 eos_token_id=renderer.end_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            record[when] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+            text: Any = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            record[when] = text.strip()
         model.train(training)
         write_json(self.run.samples_file, records)
 
@@ -62,7 +62,7 @@ class Samples:
         return [{"question": question_of(turns), "reference": turns[-1]["content"]} for turns in self.chosen]
 
 
-def question_of(turns: list[dict[str, str]]) -> str:
+def question_of(turns: Conversation) -> str:
     """The last thing the user asked, with its input if the row has one."""
     asked = next(turn for turn in reversed(turns) if turn["role"] == "user")
     return "\n".join(filter(None, (asked["content"], asked.get("input"))))

@@ -101,21 +101,22 @@ class LlamaTrainer(SFTTrainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sum of the micro-batch's nll over the labelled tokens of the whole global batch."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the engine averages gradients over ranks; we want their sum
-        if self.model.training:
+        if model.training:
             mask = inputs.get("attention_mask")
             self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
             self.labelled_seen += int((inputs["labels"] != IGNORE).sum())
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        return EpochOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
+        documents: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return EpochOrder(len(documents), self.args.seed)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -135,8 +136,8 @@ class LlamaTrainer(SFTTrainer):
     @torch.no_grad()
     def nll(self, batches: Any) -> tuple[float, int]:
         """(nats per labelled token, labelled tokens) over a data loader, summed over all ranks."""
-        model = self.model_wrapped if self.accelerator._models else self.model
-        was_training = self.model.training
+        model: Any = self.model_wrapped if self.accelerator._models else self.model
+        was_training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in batches:
@@ -183,6 +184,7 @@ class LlamaTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 publish(aside / f"checkpoint-{self.state.global_step}", self.run.checkpoint(self.state.global_step))
+                aside.rmdir()
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError from its zip writer
             if isinstance(error, RuntimeError) and "write" not in str(error).lower():
@@ -208,8 +210,10 @@ def micro_batch_and_accumulation(
     per_device, rest = divmod(recipe.training.global_batch, world_size)
     if rest:
         raise uneven(recipe.training.global_batch, world_size)
-    wanted = recipe.training.micro_batch
-    if wanted == "auto":
+    asked = recipe.training.micro_batch
+    if isinstance(asked, int):
+        wanted = asked
+    else:
         budget = 8192 if on_gpu else 1024
         mean = sum(lengths) / len(lengths)
         divisors = (n for n in range(per_device, 0, -1) if per_device % n == 0)

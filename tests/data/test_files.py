@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llama_ft.data.files import check_file, read_rows, sha256_of
+from llama_ft.data.files import check_file, read_rows, sha256_of, shown
 from llama_ft.data.problems import Problems, found
 from llama_ft.errors import UserError
 
@@ -254,6 +254,14 @@ def test_damage_never_escapes_as_a_traceback(tmp_path: Path) -> None:
         except UserError:
             noted += 1
     assert noted > 200
+
+
+def test_paths_as_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert shown(tmp_path / "a" / "b" / "rows" / "x.json") == "rows/x.json"
+    assert shown(tmp_path / "a" / "x.json") == "../x.json"
+    assert shown(tmp_path / "x.json") == str(tmp_path / "x.json")
 
 
 def test_hash(tmp_path: Path) -> None:

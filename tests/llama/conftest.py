@@ -22,7 +22,11 @@ SHAPES = {
     "llama-1": LlamaConfig(**SMALL, num_attention_heads=4, rms_norm_eps=1e-6, max_position_embeddings=64),
     "llama-2-70b-like": LlamaConfig(**SMALL, num_attention_heads=8, num_key_value_heads=2, rms_norm_eps=1e-5),
     "llama-3.1": LlamaConfig(
-        **SMALL, num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=256, rope_parameters=LLAMA_31_ROPE
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        rope_parameters=LLAMA_31_ROPE,
     ),
     "llama-3.2-tied": LlamaConfig(
         **SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True

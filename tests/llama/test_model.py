@@ -100,7 +100,8 @@ def test_padded_and_packed_losses_are_the_same(pair):
     with torch.no_grad():
         a = ours(padded, attention_mask=mask, labels=labels).loss
         b = ours(torch.cat(documents)[None], cu_seqlens=[0, 12, 17, 37], labels=packed_labels).loss
-        alone = [ours(d[None], labels=labels[r, : len(d)][None], num_items_in_batch=1).loss for r, d in enumerate(documents)]
+        rows = [(document[None], labels[row, : len(document)][None]) for row, document in enumerate(documents)]
+        alone = [ours(one, labels=its, num_items_in_batch=1).loss for one, its in rows]
     total = sum(alone) / (labels != -100).sum()
     assert abs(a - b) <= 1e-6
     assert abs(a - total) <= 1e-6
@@ -207,7 +208,7 @@ def test_real_model(smollm2):
     reference = LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     ours = load_model(smollm2, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    text = "Attention is computed per document. La Tour Eiffel est à Paris; 東京は日本の首都です。 def f(x): return x**2"
+    text = "Attention is computed per document. La Tour Eiffel est à Paris; 東京は日本の首都です。 def f(x): x**2"
     x = tokenizer(text, return_tensors="pt").input_ids
     assert gap(ours(x).logits, reference(x).logits) <= TOLERANCE
     messages = [{"role": "user", "content": "What is the capital of France?"}]

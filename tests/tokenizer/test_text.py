@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llama_ft.tokenizer.load import load_tokenizer
@@ -84,3 +84,14 @@ def test_tokens_outside_the_models_vocabulary_keep_their_ids() -> None:
     backend.add_special_tokens(["<x>", "<y>"])
     encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), ["<x>", "<y>"])
     assert encoder.encode_sealed([f"a <x> {encoder.seal('<y>')}{encoder.seal('<x>')}"])[0].ids == [1, 0, 3, 2]
+
+
+def test_a_trimming_post_processor_is_not_believed() -> None:
+    """Llama-3's tokenizer trims the space off ` A`, as if the token lay wholly inside an answer that begins with A."""
+    backend = Tokenizer(models.BPE({"Ġ": 0, "A": 1, "ĠA": 2, ":": 3}, [("Ġ", "A")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer(": A", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (2, 3)]
+    encoding = TextEncoder(tokenizer, []).encode([": A"])[0]
+    assert encoding.ids == [3, 2] and encoding.offsets == [(0, 1), (1, 3)]
