@@ -8,6 +8,7 @@ parameters keep their own names for PEFT and for exports.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 Project = Callable[[Tensor, Sequence[nn.Module]], Tensor]
 
 
-def is_bare(linear: nn.Module) -> bool:
+def is_bare(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the weight may be read directly: a plain nn.Linear that no engine (ZeRO-3, offload) must fill first."""
     return type(linear) is nn.Linear and not linear._forward_pre_hooks and not linear._forward_hooks
 
@@ -25,8 +26,9 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """x [N, in] through each of `linears`, results side by side: [N, Σ out]."""
     if len(linears) == 1:
         return linears[0](x)
-    if all(is_bare(linear) and linear.bias is None for linear in linears):
-        return F.linear(x, torch.cat([linear.weight for linear in linears]))
+    bare = [linear.weight for linear in linears if is_bare(linear) and linear.bias is None]
+    if len(bare) == len(linears):
+        return F.linear(x, torch.cat(bare))
     return project_each(x, linears)
 
 

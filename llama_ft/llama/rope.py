@@ -26,8 +26,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: LlamaConfig, device: torch.device | None = None):
         super().__init__()
         self.config = config
-        self.parameters: dict[str, Any] = dict(config.rope_parameters or {})
-        self.rope_type: str = self.parameters.get("rope_type", "default")
+        self.rope: dict[str, Any] = dict(config.rope_parameters or {})
+        self.rope_type: str = self.rope.get("rope_type", "default")
         inv_freq, self.attention_scaling = self.frequencies(device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
@@ -38,7 +38,7 @@ class RotaryEmbedding(nn.Module):
                 self.config.hidden_size // self.config.num_attention_heads
             )
             exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-            return 1.0 / self.parameters["rope_theta"] ** exponent, 1.0
+            return 1.0 / self.rope["rope_theta"] ** exponent, 1.0
         if self.rope_type not in ("linear", "llama3", "yarn"):
             raise ValueError(f"rope_type '{self.rope_type}' is not supported: use linear, llama3 or yarn")
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config, device)

@@ -61,8 +61,10 @@ class Generator:
             if left != right:
                 break
             common += 1
-        if common < len(self.seen):
-            self.cache.crop(common)
+        if common == 0:
+            self._forget()
+        elif common < len(self.seen):
+            self.cache.crop(common - len(self.seen))  # negative: that many off the end
             self.seen = self.seen[:common]
 
 

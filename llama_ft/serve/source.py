@@ -62,7 +62,7 @@ def _run(source: str, path: Path) -> Run | None:
 
 def _is_path(source: str) -> bool:
     """Whether a name that does not exist was meant as a place on this disk and not as a hub id (owner/name)."""
-    return source.count("/") != 1 or source.startswith((".", "~", "/")) or Path(source).parent.is_dir()
+    return source.count("/") != 1 or source.startswith((".", "~", "/", "runs/")) or Path(source).parent.is_dir()
 
 
 def _known() -> list[str]:
