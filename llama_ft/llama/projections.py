@@ -8,7 +8,7 @@ parameters keep their own names for PEFT and for exports.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """x [N, in] through each of `linears`, results side by side: [N, Σ out]."""
     if len(linears) == 1:
         return linears[0](x)
-    bare = [linear.weight for linear in linears if is_bare(linear) and linear.bias is None]
+    bare: list[Any] = [linear.weight for linear in linears if is_bare(linear) and linear.bias is None]
     if len(bare) == len(linears):
         return F.linear(x, torch.cat(bare))
     return project_each(x, linears)

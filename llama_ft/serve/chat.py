@@ -106,18 +106,23 @@ class Talk:
         from tokenizers.decoders import DecodeStream
 
         decoder = DecodeStream(skip_special_tokens=True)
-        backend = self.dialogue.renderer.tokenizer.backend_tokenizer
-        shown = ""
+        tokenizer = self.dialogue.renderer.tokenizer
+        said = ""
         for token in self.generator.stream(
             ids, max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p
         ):
             tokens.append(token)
-            piece = decoder.step(backend, token) or ""
-            if not shown:
-                piece = piece.lstrip()
-            if piece:
-                shown += piece
-                print(_printable(piece), end="", flush=True)
+            piece = decoder.step(tokenizer.backend_tokenizer, token) or ""
+            _show(piece, first=not said.strip())
+            said += piece
+        whole = tokenizer.decode(tokens, skip_special_tokens=True)
+        if whole.startswith(said):  # an answer cut in the middle of a character
+            _show(whole[len(said) :], first=not said.strip())
+
+
+def _show(piece: str, *, first: bool) -> None:
+    """A piece of an answer on stdout; the space before its first word is left out."""
+    print(_printable(piece.lstrip() if first else piece), end="", flush=True)
 
 
 def _loop(talk: Talk, source: str) -> None:
@@ -126,20 +131,17 @@ def _loop(talk: Talk, source: str) -> None:
     while True:
         try:
             line = _clean(read()).strip()
+            word, _, rest = line.partition(" ")
+            if word == "/exit":
+                return
+            if word.startswith("/") and word[1:].isalpha():
+                _command(talk, word, rest.strip())
+            elif line:
+                talk.answer(line)
         except EOFError:
             return
         except KeyboardInterrupt:
             _say("Ctrl-D or /exit leaves")
-            continue
-        if not line:
-            continue
-        word, _, rest = line.partition(" ")
-        if not (word.startswith("/") and word[1:].isalpha()):
-            talk.answer(line)
-        elif word == "/exit":
-            return
-        else:
-            _command(talk, word, rest.strip())
 
 
 def _command(talk: Talk, word: str, rest: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def _open_run(run: Run) -> Opened:
     device = _device()
     compute = choose_compute_dtype(dtype, device)
     model: Any = load_model(base_folder(run), dtype, compute_dtype=compute, rope_scaling=run.recipe.model.rope_scaling)
-    PeftModel.from_pretrained(model, str(run.adapter))  # puts its factors into `model` itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what PEFT still calls in transformers is theirs to settle
+        PeftModel.from_pretrained(model, str(run.adapter))  # puts its factors into `model` itself
     refused = (run.path / "merged.rejected").is_dir()
     why = "its merged model was refused (see export.json)" if refused else "no merged/ yet (llama-ft export makes it)"
     return _opened(model.to(device), run.adapter, system, (f"{why}: talking to base + adapter",))
