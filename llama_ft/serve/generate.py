@@ -73,7 +73,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, random: torch.Generat
 
     Nucleus sampling: arXiv 1904.09751. The best token is always in the set.
     """
-    if temperature == 0:
+    if temperature < 1e-5:  # so small that the logits would overflow: greedy in all but name
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True, stable=True)
     outside = probabilities.cumsum(-1) - probabilities >= top_p

@@ -10,7 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llama_ft.recipe import load_recipe
+import psutil
+
+from llama_ft.recipe import resolve
 
 STATUS_FILE = "LLAMA_FT_STATUS_FILE"
 """Where the trainer leaves its own exit status for `launch`, past a launcher that has only one."""
@@ -18,9 +20,14 @@ STATUS_FILE = "LLAMA_FT_STATUS_FILE"
 
 def launch_command(recipe_path: str, overrides: list[str], flags: list[str]) -> list[str]:
     """The exact `accelerate launch` line for a recipe, as a list of arguments."""
-    config = load_recipe(recipe_path, overrides).launch
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
-    return [*launcher, "--config_file", config, "-m", "llama_ft.train", recipe_path, *overrides, *flags]
+    resolved = resolve(recipe_path, overrides)
+    line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    # What accelerate would otherwise guess aloud.
+    line += ["--dynamo_backend", "no"]
+    if resolved.launcher is not None and resolved.launcher.use_cpu:
+        line += ["--num_cpu_threads_per_process", str(psutil.cpu_count(logical=False) or 1)]
+    line += ["--config_file", resolved.recipe.launch]
+    return [*line, "-m", "llama_ft.train", recipe_path, *overrides, *flags]
 
 
 def launch(recipe_path: str, overrides: list[str], flags: list[str]) -> int:

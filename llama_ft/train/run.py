@@ -89,6 +89,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         f"{str(loaded.compute_dtype).removeprefix('torch.')} on {state.device.type} "
         f"({torch.get_num_threads()} threads)",
         highlight=False,
+        soft_wrap=True,
     )
 
     stop = StopCleanly()
@@ -203,7 +204,9 @@ def say_stopped(run: Run, console: Console) -> None:
     """After Ctrl-C or SIGTERM: where the run stands and how it goes on."""
     steps = run.steps()
     if steps:
-        console.print(f"stopped after step {steps[-1]}; {run.checkpoint(steps[-1])} is whole", highlight=False)
+        console.print(
+            f"stopped after step {steps[-1]}; {run.checkpoint(steps[-1])} is whole", highlight=False, soft_wrap=True
+        )
         console.print("go on with the same command and --resume", highlight=False)
 
 

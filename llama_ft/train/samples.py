@@ -32,24 +32,29 @@ class Samples:
         if not self.chosen:
             return
         records = self._records()
-        training = model.training
+        was_training = model.training
         model.eval()
         tokenizer = self.prepared.tokenizer
         renderer = Renderer(self.prepared.template, tokenizer)
-        for record, turns in zip(records, self.chosen, strict=True):
-            ids = torch.tensor([renderer.prompt_ids(turns[:-1])], device=model.device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=MAX_NEW_TOKENS,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=renderer.end_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            text: Any = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        prompts = [renderer.prompt_ids(turns[:-1]) for turns in self.chosen]
+        longest = max(map(len, prompts))
+        # All at once, padded on the left: one pass over the weights per token serves every question.
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids = [[tokenizer.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * pad + [1] * len(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        answers = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=renderer.end_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.train(was_training)
+        for record, answer in zip(records, answers, strict=True):
+            text: Any = tokenizer.decode(answer[longest:], skip_special_tokens=True)
             record[when] = text.strip()
-        model.train(training)
         write_json(self.run.samples_file, records)
 
     def _records(self) -> list[dict[str, Any]]:
