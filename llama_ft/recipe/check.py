@@ -65,12 +65,14 @@ def float16_on_cpu(view: View, launcher: Launcher) -> None:
 
 
 def full_has_no_adapter(view: View) -> None:
+    """What a parent says of its adapter is no mistake of the recipe, or the override, that chose `full` instead."""
     if view.value("adapter.method") != "full":
         return
+    chosen = view.mark("adapter.method").source.nearness
     for name in ("r", "alpha", "dropout", "targets"):
-        if view.stated(f"adapter.{name}"):
-            what = f"{name} belongs to lora and qlora, method: full trains every weight"
-            view.wrong(f"adapter.{name}", what, f"remove it; where a parent sets it, write {name}: null")
+        key = f"adapter.{name}"
+        if view.stated(key) and view.mark(key).source.nearness >= chosen:
+            view.wrong(key, f"{name} belongs to lora and qlora, method: full trains every weight", "remove it")
 
 
 def targets_exist(view: View) -> None:

@@ -5,6 +5,7 @@ The places survive `extends` and overrides, so a mistake is reported where it wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,11 @@ class Source:
     label: str
     order: int
     folder: Path | None = None
+
+    @property
+    def nearness(self) -> float:
+        """What is nearer wins: overrides before the recipe, the recipe before its parents."""
+        return math.inf if self.folder is None else -self.order
 
 
 @dataclass(frozen=True)

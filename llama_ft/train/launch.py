@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -42,7 +43,7 @@ def launch(recipe_path: str, overrides: list[str], flags: list[str]) -> int:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", STATUS_FILE: str(status_file)}
         try:
             process = subprocess.Popen(command, env=environment)
-            forward = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+            forward = signal.signal(signal.SIGTERM, lambda number, _: tell_trainers(process, number))
             try:
                 status = process.wait()
             finally:
@@ -52,6 +53,13 @@ def launch(recipe_path: str, overrides: list[str], flags: list[str]) -> int:
         if status and status_file.exists():
             return int(status_file.read_text())
     return status if status >= 0 else 128 - status
+
+
+def tell_trainers(launcher: subprocess.Popen, number: int) -> None:
+    """Passes a signal to the processes that train. The launcher itself would die of it and leave them running."""
+    trainers: list[Any] = psutil.Process(launcher.pid).children()
+    for process in trainers or [launcher]:
+        process.send_signal(number)
 
 
 def report_status(code: int) -> None:

@@ -402,10 +402,9 @@ COMBINATIONS = {
     "full with an adapter": (
         GOOD + "adapter:\n  method: full\n  r: 8\n  targets: attention\n  alpha: null\n",
         [
-            "r.yaml:7:3: adapter.r: r belongs to lora and qlora, method: full trains every weight"
-            " — remove it; where a parent sets it, write r: null",
+            "r.yaml:7:3: adapter.r: r belongs to lora and qlora, method: full trains every weight — remove it",
             "r.yaml:8:3: adapter.targets: targets belongs to lora and qlora, method: full trains every weight"
-            " — remove it; where a parent sets it, write targets: null",
+            " — remove it",
         ],
     ),
     "projection": (

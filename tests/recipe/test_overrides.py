@@ -27,7 +27,7 @@ def test_the_examples_of_the_documentation(here: Path) -> None:
     )
     recipe = resolved.recipe
     assert recipe.training.learning_rate == 1e-4
-    assert recipe.training.epochs == 3  # its neighbours stay
+    assert recipe.training.epochs == 2  # its neighbours stay
     assert (recipe.data[0].use, recipe.data[0].path, recipe.data[0].limit) == ("llama-qa", str(here / "x.jsonl"), 200)
     assert recipe.data[0].layout is None  # the card's own
     assert recipe.eval_data.holdout == 0.1  # type: ignore[union-attr]
