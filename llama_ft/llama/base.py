@@ -20,6 +20,12 @@ def locate_base(base: str, revision: str | None = None, *, weights: bool = True)
     """
     if base == smollm2.NAME:
         return smollm2.smollm2_folder()
+    if base.startswith("preset:") or base.endswith(".gguf"):
+        raise UserError(
+            f"this version cannot start from {base} yet",
+            key="model.base",
+            hint=f"name a hub id, a folder in Hugging Face's layout, or {smollm2.NAME}",
+        )
     folder = Path(base).expanduser()
     if folder.is_dir():
         _check_folder(folder, weights=weights)

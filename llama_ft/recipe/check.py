@@ -19,9 +19,7 @@ CANNOT_PACK = ("reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo")
 """Objectives whose documents are compared with each other: one at a time in a row."""
 PREFERENCE = ("reward", "dpo", "kto", "orpo", "simpo")
 """Objectives on pairs or judged answers, which lose their meaning when cut."""
-PROJECTIONS = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head",
-)  # fmt: skip
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What an adapter can sit on in a LLaMA, by HF's parameter names."""
 CONTEXT = {SHIPPED_BASE: 8192}
 """Longest document a base was trained for, where it is known without loading it (SmolLM2's config.json)."""
@@ -54,6 +52,19 @@ def method_is_trainable(view: View) -> None:
     if method not in TRAINABLE_METHODS:
         hint = f"it trains {', '.join(TRAINABLE_METHODS)}"
         view.wrong("adapter.method", f"this version cannot train {method} yet", hint)
+
+
+def nothing_is_ignored(view: View) -> None:
+    """What the schema knows and this version does not do yet is refused by name, never passed over."""
+    not_yet = (
+        ("model.init", lambda value: value == "random", "start from random weights", "write init: pretrained"),
+        ("export.gguf", bool, "write GGUF", "remove gguf; merged/ opens in llama.cpp's own converter"),
+        ("sequence.overlong", lambda value: value == "split", "split documents", "write drop or truncate"),
+    )
+    for key, asked, what, hint in not_yet:
+        with suppress(Unknown):
+            if asked(view.value(key)):
+                view.wrong(key, f"this version cannot {what} yet", hint)
 
 
 def float16_on_cpu(view: View, launcher: Launcher) -> None:
@@ -189,5 +200,6 @@ RULES: tuple[Callable[[View], None], ...] = (
     warmup_ends,
     micro_batch_divides,
     some_source_weighs,
+    nothing_is_ignored,
 )
 SOURCE_RULES: tuple[Callable[[View, str], None], ...] = (source_is_named, split_has_a_card, layout_fits_objective)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.recipe.run import Run
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 ADAM_BYTES = 8
 """Two float32 moments per trained parameter (arXiv 1412.6980)."""
 
@@ -24,13 +28,7 @@ def check_run_folder(run: Run, *, resume: bool, overwrite: bool) -> int | None:
             found = "a run without a whole checkpoint" if exists else "no run"
             raise UserError(f"{run.path} holds {found} to resume", hint="start it without --resume")
         return steps[-1]
-    if overwrite:
-        for entry in ("checkpoints", "adapter", "merged", "merged.rejected", "gguf", "eval", "tensorboard"):
-            shutil.rmtree(run.path / entry, ignore_errors=True)
-        for entry in ("metrics.jsonl", "export.json", "loss.png", "README.md", "run.lock.json", "recipe.yaml"):
-            (run.path / entry).unlink(missing_ok=True)
-        return None
-    if exists:
+    if exists and not overwrite:
         steps = run.steps()
         state = f"checkpoint step-{steps[-1]}" if steps else "no checkpoint"
         raise UserError(
@@ -39,6 +37,14 @@ def check_run_folder(run: Run, *, resume: bool, overwrite: bool) -> int | None:
             hint="go on with --resume, replace it with --overwrite, or set output_dir=…",
         )
     return None
+
+
+def clear_run_folder(run: Run) -> None:
+    """Removes what an earlier run left; anything else in the folder stays."""
+    for entry in ("checkpoints", "adapter", "merged", "merged.rejected", "gguf", "eval", "tensorboard"):
+        shutil.rmtree(run.path / entry, ignore_errors=True)
+    for entry in ("metrics.jsonl", "export.json", "loss.png", "README.md", "run.lock.json", "recipe.yaml"):
+        (run.path / entry).unlink(missing_ok=True)
 
 
 def check_disk(folder: Path, *, trained: int, parameters: int, checkpoints: int, merged_bytes: int) -> None:
@@ -72,6 +78,24 @@ def check_writable(run: Run) -> None:
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder: {error}", where=str(run.path), key="output_dir", hint="set output_dir=…"
+        ) from error
+
+
+@contextmanager
+def disk_faults(run: Run) -> Iterator[None]:
+    """Turns a disk that fails while a run is under way into a MachineFault that says what is whole and how to go on."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        full = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if not full and not (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
+            raise
+        steps = run.steps()
+        kept = f"checkpoint step-{steps[-1]} is whole" if steps else "there was no checkpoint yet"
+        again = "--resume" if steps else "--overwrite"
+        raise MachineFault(
+            f"the disk failed: {error}", where=str(run.path), hint=f"{kept}; free some space, then go on with {again}"
         ) from error
 
 

@@ -28,7 +28,14 @@ from llama_ft.recipe import dump
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.adapter import save_adapter, save_full
-from llama_ft.train.checks import check_disk, check_launch, check_run_folder, check_writable
+from llama_ft.train.checks import (
+    check_disk,
+    check_launch,
+    check_run_folder,
+    check_writable,
+    clear_run_folder,
+    disk_faults,
+)
 from llama_ft.train.lock import commit, versions
 from llama_ft.train.progress import Metrics, ProgressLine, StopCleanly, plot_losses
 from llama_ft.train.report import print_report
@@ -57,7 +64,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     use_physical_cores(state)
     console = Console(quiet=not state.is_main_process)
     run = Run(Path(recipe.run_dir).resolve())
-    step = check_run_folder(run, resume=resume, overwrite=overwrite and state.is_main_process)
+    step = check_run_folder(run, resume=resume, overwrite=overwrite)
     check_writable(run)
 
     with state.main_process_first():
@@ -65,7 +72,11 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     micro_batch, accumulation = micro_batch_and_accumulation(
         recipe, prepared.train["length"], state.num_processes, on_gpu=state.device.type == "cuda"
     )
-    loaded = load_for_training(recipe, state.device, run.lock.get("compute_dtype") if step else None)
+    lock = run.lock if step else {}
+    if lock.get("world_size") == state.num_processes:  # `auto` was resolved once
+        micro_batch, accumulation = lock["micro_batch"], lock["accumulation"]
+    loaded = load_for_training(recipe, state.device, lock.get("compute_dtype"))
+    check_vocabulary(len(prepared.tokenizer), loaded.model.config.vocab_size)
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in loaded.model.parameters())
     documents = len(prepared.train)
@@ -81,6 +92,7 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     )
     arguments = training_arguments(recipe, run, micro_batch, accumulation, has_eval=prepared.eval is not None)
     if state.is_main_process and step is None:
+        clear_run_folder(run)
         write_text(run.recipe_file, dump(recipe))
         write_json(run.lock_file, lock_contents(recipe, prepared, loaded, state, micro_batch, accumulation))
     console.print(
@@ -111,15 +123,16 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         samples.answer(loaded.model, "before")
     if prepared.eval is not None and step is None:
         trainer.evaluate()
-    stop.install()
-    try:
-        trainer.train(resume_from_checkpoint=str(run.checkpoint(step)) if step else None)
-    finally:
-        stop.restore()
-    if stop.asked:
-        say_stopped(run, console)
-        raise SystemExit(130)
-    finish(trainer, prepared, run, console, samples)
+    with disk_faults(run):
+        stop.install()
+        try:
+            trainer.train(resume_from_checkpoint=str(run.checkpoint(step)) if step else None)
+        finally:
+            stop.restore()
+        if stop.asked:
+            say_stopped(run, console)
+            raise SystemExit(130)
+        finish(trainer, prepared, run, console, samples)
     return run
 
 
@@ -144,6 +157,16 @@ def load_for_training(recipe: Recipe, device: torch.device, compute_dtype: str |
     if full:
         return Loaded(model, folder, compute)
     return Loaded(attach_lora(model, recipe.adapter), folder, compute)
+
+
+def check_vocabulary(tokenizer: int, model: int) -> None:
+    """Refuses a tokenizer with ids that the embedding does not have."""
+    if tokenizer > model:
+        raise UserError(
+            f"the tokenizer has {tokenizer:,} tokens and the base model {model:,}",
+            key="model.tokenizer",
+            hint="use the base model's own tokenizer",
+        )
 
 
 def use_physical_cores(state: PartialState) -> None:

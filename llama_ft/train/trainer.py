@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from llama_ft.data.order import document_order
-from llama_ft.errors import MachineFault, UserError
+from llama_ft.errors import UserError
 from llama_ft.files import publish
 from llama_ft.llama.head import IGNORE
 from llama_ft.recipe.run import Run
@@ -184,19 +184,8 @@ class LlamaTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 publish(aside / f"checkpoint-{self.state.global_step}", self.run.checkpoint(self.state.global_step))
-                aside.rmdir()
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError from its zip writer
-            if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-                raise
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            steps = self.run.steps()
-            kept = f"checkpoint step-{steps[-1]} is whole" if steps else "there was no checkpoint yet"
-            raise MachineFault(
-                f"could not write a checkpoint at step {self.state.global_step}: {error}",
-                where=str(self.run.checkpoints),
-                hint=f"{kept}; free some space, then go on with --resume",
-            ) from error
 
 
 def micro_batch_and_accumulation(

@@ -377,7 +377,16 @@ COMBINATIONS = {
         [
             "r.yaml:5:28: sequence.overlong: dpo compares whole answers, which cannot be split"
             " — write drop or truncate",
+            "r.yaml:5:28: sequence.overlong: this version cannot split documents yet — write drop or truncate",
             "r.yaml:6:12: training.objective: this version cannot train dpo yet — it trains sft",
+        ],
+    ),
+    "what is not done is not passed over": (
+        good(model="{base: smollm2-135m, init: random}") + "export: {gguf: [q8_0]}\n",
+        [
+            "r.yaml:2:29: model.init: this version cannot start from random weights yet — write init: pretrained",
+            "r.yaml:5:10: export.gguf: this version cannot write GGUF yet"
+            " — remove gguf; merged/ opens in llama.cpp's own converter",
         ],
     ),
     "qlora in float16 on a CPU": (
