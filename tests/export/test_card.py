@@ -38,7 +38,7 @@ PROOF = {
 def quickstart(tmp_path) -> Run:
     """What the quickstart leaves, without having run it."""
     run = Run(tmp_path / "runs" / "quickstart")
-    write_text(run.recipe_file, dump(load_recipe("quickstart")))
+    write_text(run.recipe_file, dump(load_recipe("quickstart", ["training.global_batch=16"])))
     counts = {"rows": 422, "kept": 400, "held_out": 0, "dropped": {"longer than max_length": 22}}
     sources = [
         {"label": str(tmp_path / "train.jsonl"), "role": "train", **counts},
