@@ -105,7 +105,8 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     )
 
     stop = StopCleanly()
-    callbacks: list[TrainerCallback] = [stop, ProgressLine(console)]
+    progress = ProgressLine(console)
+    callbacks: list[TrainerCallback] = [stop, progress]
     if state.is_main_process:
         callbacks += [Metrics(run, step or 0), *trackers(recipe, run)]
     trainer = LlamaTrainer(
@@ -124,16 +125,24 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     if prepared.eval is not None and step is None:
         trainer.evaluate()
     with disk_faults(run):
-        stop.install()
-        try:
-            trainer.train(resume_from_checkpoint=str(run.checkpoint(step)) if step else None)
-        finally:
-            stop.restore()
+        train_until_done_or_stopped(trainer, run.checkpoint(step) if step else None, stop, progress)
         if stop.asked:
             say_stopped(run, console)
             raise SystemExit(130)
         finish(trainer, prepared, run, console, samples)
     return run
+
+
+def train_until_done_or_stopped(
+    trainer: LlamaTrainer, checkpoint: Path | None, stop: StopCleanly, progress: ProgressLine
+) -> None:
+    """The loop itself, with the signals ours while it runs, and the terminal given back however it ends."""
+    stop.install()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        stop.restore()
+        progress.close()
 
 
 def load_for_training(recipe: Recipe, device: torch.device, compute_dtype: str | None) -> Loaded:

@@ -185,7 +185,8 @@ class LlamaTrainer(SFTTrainer):
             if self.is_world_process_zero():
                 publish(aside / f"checkpoint-{self.state.global_step}", self.run.checkpoint(self.state.global_step))
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if self.is_world_process_zero():  # another rank would remove it while this one still publishes
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def micro_batch_and_accumulation(
