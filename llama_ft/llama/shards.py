@@ -1,4 +1,4 @@
-"""Safetensors files read and written one tensor at a time: a merge needs the memory of its largest tensor, no more.
+"""Safetensors files read and written one tensor at a time: an import or a merge needs one tensor's memory, no more.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian length of a JSON header, the
 header, then the tensors' bytes end to end. Shapes are known before any value is, so the header can be written first.
