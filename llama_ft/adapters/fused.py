@@ -43,7 +43,8 @@ class _FusedLora(torch.autograd.Function):
         columns = zip(*_columns(grad, low, ups), _columns(grad, grad_low, ups)[1], ups, strict=True)
         for grad_out, part, grad_part, up in columns:
             torch.mm(grad_out, up.to(grad.dtype), out=grad_part)
-            grad_ups.append((grad_out.t() @ part).to(up.dtype).mul_(ctx.scale))
+            # As [r, out] and turned afterwards: BLAS is up to twice as fast with the short side first.
+            grad_ups.append((part.t() @ grad_out).to(up.dtype).mul_(ctx.scale).t())
         grad_low.mul_(ctx.scale)
         stacked = downs[0] if len(downs) == 1 else torch.cat(downs)
         grad_stacked = (grad_low.t() @ x).to(stacked.dtype)

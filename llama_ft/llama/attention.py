@@ -7,6 +7,7 @@ no product between two documents is ever formed: there is no mask that could be 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from llama_ft.llama.kernels import FUNCTIONS, Spans, choose_kernel
 from llama_ft.llama.rope import rotate, rotate_
 
 
@@ -31,6 +33,10 @@ class Heads:
         """Views q [N, H, D], k and v [N, KV, D] of a stacked projection [N, (H + 2·KV)·D]."""
         heads = qkv.unflatten(-1, (-1, self.dim))
         return heads.split((self.query, self.key_value, self.key_value), dim=-2)
+
+    def turned(self, qkv: Tensor) -> Tensor:
+        """View [N, H + KV, D] of what RoPE turns: q and k side by side, in one go."""
+        return qkv.unflatten(-1, (-1, self.dim))[:, : self.query + self.key_value]
 
 
 def _kernel_layout(heads: Tensor, start: int, stop: int) -> Tensor:
@@ -48,8 +54,7 @@ class _RotaryAttentionCPU(torch.autograd.Function):
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, bounds: Sequence[int], heads: Heads) -> Tensor:
         # qkv is the projection's fresh output and nobody else's; under no_grad here the rotation may overwrite it.
         q, k, v = heads.split(qkv)
-        rotate_(q, cos, sin)
-        rotate_(k, cos, sin)
+        rotate_(heads.turned(qkv), cos, sin)
         out = torch.empty_like(q)
         logsumexp = []
         for start, stop in pairwise(bounds):
@@ -76,51 +81,57 @@ class _RotaryAttentionCPU(torch.autograd.Function):
             )
             for target, result in zip(grads, results, strict=True):
                 _kernel_layout(target, start, stop).copy_(result)
-        rotate_(grads[0], cos, -sin)
-        rotate_(grads[1], cos, -sin)
+        rotate_(heads.turned(grad_qkv), cos, -sin)
         return grad_qkv, None, None, None, None
-
-
-def _attend_plain(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], gqa: bool) -> Tensor:
-    """One SDPA per document: the plain twin that the fast paths are tested against. Returns [N, H, D]."""
-    outs = []
-    for start, stop in pairwise(bounds):
-        q_, k_, v_ = (_kernel_layout(t, start, stop) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=gqa)
-        outs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outs)
-
-
-def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, gqa: bool) -> Tensor:
-    """One variable-length flash kernel over all documents (16-bit types only). Returns [N, H, D]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=gqa)
-    assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
-    return out
 
 
 class Packed:
     """Attention context of N tokens that are whole documents laid end to end."""
 
-    def __init__(self, bounds: Sequence[int], cos: Tensor, sin: Tensor, heads: Heads, *, fast: bool = True):
-        """`bounds`: document borders 0 = b₀ < b₁ < … = N on the host; cos and sin as RotaryEmbedding gives them."""
-        self.bounds, self.cos, self.sin, self.heads, self.fast = bounds, cos, sin, heads, fast
-        self.cu_seqlens: Tensor | None = None
-        if cos.is_cuda:  # once per batch, not once per layer
-            self.cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=cos.device)
+    def __init__(self, bounds: Sequence[int], cos: Tensor, sin: Tensor, heads: Heads, *, kernel: str = "auto"):
+        """`bounds`: document borders 0 = b₀ < b₁ < … = N on the host; cos and sin as RotaryEmbedding gives them;
+        `kernel`: a name of kernels.KERNELS. UserError when that kernel cannot run here."""
+        self.spans, self.cos, self.sin, self.heads = Spans(bounds), cos, sin, heads
+        self.kernel = choose_kernel(kernel, cos.device, cos.dtype)
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         """Stacked projections [N, (H + 2·KV)·D] → attention's output [N, H·D]. May overwrite qkv."""
-        if self.fast and qkv.device.type == "cpu":
-            return _RotaryAttentionCPU.apply(qkv, self.cos, self.sin, self.bounds, self.heads)
+        if self.kernel == "cpu":
+            return _RotaryAttentionCPU.apply(qkv, self.cos, self.sin, self.spans.keys, self.heads)
         q, k, v = self.heads.split(qkv)
         q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-        gqa = self.heads.query != self.heads.key_value
-        if self.fast and self.cu_seqlens is not None and qkv.dtype in (torch.bfloat16, torch.float16):
-            longest = max(stop - start for start, stop in pairwise(self.bounds))
-            return _attend_cuda(q, k, v, self.cu_seqlens, longest, gqa).flatten(-2)
-        return _attend_plain(q, k, v, self.bounds, gqa).flatten(-2)
+        return FUNCTIONS[self.kernel](q, k, v, self.spans).flatten(-2)
+
+    def attend_rows(self, q: Tensor, kv: Tensor, rows: Rows) -> Tensor:
+        """The same for some queries: q [Q, H·D] of `rows`, kv [N, 2·KV·D] of all tokens → [Q, H·D]."""
+        q = rotate(q.unflatten(-1, (-1, self.heads.dim)), self.cos[rows.asking], self.sin[rows.asking])
+        k, v = kv.unflatten(-1, (-1, self.heads.dim)).chunk(2, dim=-2)
+        k = rotate(k, self.cos, self.sin)
+        # One layer of many, and its mask is not the CPU kernel's own causal one.
+        function = FUNCTIONS["plain" if self.kernel == "cpu" else self.kernel]
+        return function(q, k, v, rows.spans).flatten(-2)
+
+
+class Rows:
+    """The tokens whose last hidden state is wanted: the last layer computes q, o and the MLP for no others.
+
+    Of each document everything from its first wanted token on asks (one run of queries: what kernels understand);
+    after attention only the wanted ones go on.
+    """
+
+    def __init__(self, wanted: Tensor, bounds: Sequence[int]):
+        """wanted [M]: rising token indices."""
+        self.wanted = wanted
+        host = wanted.tolist()
+        asking, queries = [], [0]
+        for start, stop in pairwise(bounds):
+            first = bisect_left(host, start)
+            if first < len(host) and host[first] < stop:
+                asking.append(torch.arange(host[first], stop))
+            queries.append(queries[-1] + (stop - host[first] if first < len(host) and host[first] < stop else 0))
+        self.asking = torch.cat([torch.empty(0, dtype=torch.long), *asking]).to(wanted.device)
+        self.within = torch.searchsorted(self.asking, wanted)
+        self.spans = Spans(bounds, queries)
 
 
 class Cached:

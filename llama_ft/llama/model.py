@@ -8,7 +8,6 @@ own: tokens of all documents lie end to end as [N, hidden], without padding, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from llama_ft.llama.attention import Cached, Heads, Packed
-from llama_ft.llama.head import IGNORE, linear_cross_entropy, linear_cross_entropy_plain, shift_labels
-from llama_ft.llama.ops import rms_norm, swiglu
+from llama_ft.llama.attention import Cached, Heads, Packed, Rows
+from llama_ft.llama.fast import FEW_ROWS, Fast
+from llama_ft.llama.head import IGNORE, LossHead, shift_labels
+from llama_ft.llama.ops import rms_norm, rms_norm_plain, swiglu, swiglu_plain
+from llama_ft.llama.packing import Packing
 from llama_ft.llama.projections import Project, project
 from llama_ft.llama.rope import RotaryEmbedding
 
@@ -32,9 +33,10 @@ class LlamaRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.fast = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return (rms_norm if self.fast else rms_norm_plain)(x, self.weight, self.eps)
 
 
 class LlamaAttention(nn.Module):
@@ -51,9 +53,15 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, heads.key_value * heads.dim, bias=bias)
         self.o_proj = nn.Linear(heads.query * heads.dim, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, context: Packed | Cached) -> Tensor:
-        qkv = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
-        return self.project(context.attend(qkv, self.layer), (self.o_proj,))
+    def forward(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
+        """x [N, hidden] → [N, hidden]; with `rows` (packed only), the M wanted ones [M, hidden]."""
+        if rows is None:
+            qkv = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
+            return self.project(context.attend(qkv, self.layer), (self.o_proj,))
+        assert isinstance(context, Packed)
+        q = self.project(x[rows.asking], (self.q_proj,))
+        kv = self.project(x, (self.k_proj, self.v_proj))
+        return self.project(context.attend_rows(q, kv, rows)[rows.within], (self.o_proj,))
 
 
 class LlamaMLP(nn.Module):
@@ -65,13 +73,15 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fast = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(swiglu(self.project(x, (self.gate_proj, self.up_proj))), (self.down_proj,))
+        gate_up = self.project(x, (self.gate_proj, self.up_proj))
+        return self.project((swiglu if self.fast else swiglu_plain)(gate_up), (self.down_proj,))
 
 
 class LlamaDecoderLayer(GradientCheckpointingLayer):
-    """One block; x [N, hidden] → [N, hidden]."""
+    """One block; x [N, hidden] → [N, hidden], or the M rows that `rows` wants of the last one."""
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -80,9 +90,10 @@ class LlamaDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, context: Packed | Cached) -> Tensor:
+    def forward(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
         # Both products are fresh and nothing keeps them, so the residual may be added in place.
-        x = self.self_attn(self.input_layernorm(x), context).add_(x)
+        residual = x if rows is None else x[rows.wanted]
+        x = self.self_attn(self.input_layernorm(x), context, rows).add_(residual)
         return self.mlp(self.post_attention_layernorm(x)).add_(x)
 
 
@@ -101,6 +112,14 @@ class LlamaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 (transformers' own convention)
     _supports_sdpa = True
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        for model in self.modules():
+            if isinstance(model, LlamaModel):
+                for number, layer in enumerate(model.layers):
+                    if number % model.checkpoint_every:
+                        layer.gradient_checkpointing = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -125,8 +144,9 @@ class LlamaModel(LlamaPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.heads = heads_of(config)
-        self.fast = True
-        """False selects the plain twins of attention and loss head (tests compare the two)."""
+        self.fast = Fast()
+        self.checkpoint_every = 1
+        """With gradient checkpointing: recompute every layer (1), or every second one (2) …"""
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -136,16 +156,35 @@ class LlamaModel(LlamaPreTrainedModel):
             assert isinstance(layer, LlamaDecoderLayer)
             layer.self_attn.project = layer.mlp.project = project
 
-    def run(self, x: Tensor, context: Packed | Cached) -> Tensor:
-        """Blocks and last norm over x [N, hidden]."""
-        for layer in self.layers:
-            x = layer(x, context)
+    def set_fast(self, fast: Fast) -> None:
+        """Chooses fast paths or their plain twins, here and in every layer."""
+        self.fast = fast
+        for module in self.modules():
+            if isinstance(module, (LlamaRMSNorm, LlamaMLP)):
+                module.fast = fast.elementwise
+
+    def run(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
+        """Blocks and last norm over x [N, hidden]; with `rows`, only the wanted [M, hidden]."""
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x = layer(x, context, rows if number == last else None)
         return self.norm(x)
 
-    def forward_packed(self, x: Tensor, positions: Tensor, bounds: Sequence[int]) -> Tensor:
-        """x [N, hidden] of documents that end at bounds[1:], positions [N] → last hidden state [N, hidden]."""
-        cos, sin = self.rotary_emb(positions, x.dtype)
-        return self.run(x, Packed(bounds, cos, sin, self.heads, fast=self.fast))
+    def forward_packed(
+        self, x: Tensor, positions: Tensor, bounds: Sequence[int], wanted: Tensor | None = None
+    ) -> Tensor:
+        """x [N, hidden] of documents that end at bounds[1:], positions [N] → last hidden state [N, hidden].
+
+        wanted [M], rising token indices: only their hidden state [M, hidden] is asked for.
+        """
+        cos, sin = self.rotary_emb(positions, x.dtype, bounds)
+        context = Packed(bounds, cos, sin, self.heads, kernel=self.fast.attention)
+        if wanted is None:
+            return self.run(x, context)
+        # Where nearly all is wanted, or nothing, leaving rows out saves nothing.
+        if self.fast.labelled_rows and 0 < len(wanted) < FEW_ROWS * len(x):
+            return self.run(x, context, Rows(wanted, bounds))
+        return self.run(x, context)[wanted]
 
     def forward(
         self,
@@ -194,56 +233,6 @@ class LlamaModel(LlamaPreTrainedModel):
         return self.run(embeds.flatten(0, 1), context).unflatten(0, (batch, length))
 
 
-class Packing:
-    """How a batch [B, L] lies as N tokens without padding: which tokens, their positions, where documents end."""
-
-    def __init__(self, shape: tuple[int, int], keep: Tensor | None, positions: Tensor, bounds: list[int]):
-        self.shape, self.keep, self.positions, self.bounds = shape, keep, positions, bounds
-
-    @classmethod
-    def of(
-        cls,
-        batch: int,
-        length: int,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        cu_seqlens: Sequence[int] | Tensor | None,
-        device: torch.device,
-    ) -> Packing:
-        """Reads the layout off whatever the caller gave; see LlamaModel.forward. One host sync at most."""
-        keep = None
-        if cu_seqlens is not None:
-            bounds = [int(bound) for bound in cu_seqlens]
-            if bounds[0] != 0 or bounds[-1] != batch * length or any(b <= a for a, b in pairwise(bounds)):
-                raise ValueError(f"cu_seqlens must rise from 0 to {batch * length}, got {bounds}")
-        elif mask is not None and not bool(mask.all()):
-            keep = mask.flatten().nonzero().squeeze(-1)
-            bounds = [0, *accumulate(count for count in mask.sum(-1).tolist() if count)]
-        else:
-            bounds = list(range(0, batch * length + 1, length))
-            if position_ids is not None:
-                starts = (position_ids.expand(batch, -1).flatten() == 0).nonzero().squeeze(-1).tolist()
-                bounds = sorted({*bounds, *starts})
-        if position_ids is not None:
-            positions = position_ids.expand(batch, -1).flatten()
-            positions = positions if keep is None else positions[keep]
-        else:
-            positions = torch.cat([torch.arange(b - a, device=device) for a, b in pairwise(bounds)])
-        return cls((batch, length), keep, positions, bounds)
-
-    def take(self, tokens: Tensor) -> Tensor:
-        """[B, L, …] → [N, …]"""
-        tokens = tokens.flatten(0, 1)
-        return tokens if self.keep is None else tokens[self.keep]
-
-    def put_back(self, tokens: Tensor) -> Tensor:
-        """[N, …] → [B, L, …], padding as zeros."""
-        if self.keep is not None:
-            full = tokens.new_zeros(self.shape[0] * self.shape[1], *tokens.shape[1:])
-            tokens = full.index_copy(0, self.keep, tokens)
-        return tokens.unflatten(0, self.shape)
-
-
 class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     """LLaMA with its language-model head, tied to the embedding where the config says so."""
 
@@ -253,7 +242,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LlamaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -290,6 +279,12 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Keeps the head one that can answer with the loss, whatever resized it."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = LossHead
+        super().set_output_embeddings(new_embeddings)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
         """Keeps generate from building its own [B, 1, L, cache] mask: a static cache gets the same one from us."""
@@ -311,7 +306,6 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device)
         targets = shift_labels(packing.take(labels), packing.bounds)
         labelled = (targets != IGNORE).nonzero().squeeze(-1)
-        hidden = self.model.forward_packed(packing.take(embeds), packing.positions, packing.bounds)
-        cross_entropy = linear_cross_entropy if self.model.fast else linear_cross_entropy_plain
-        total = cross_entropy(hidden[labelled], self.lm_head.weight, targets[labelled])
+        hidden = self.model.forward_packed(packing.take(embeds), packing.positions, packing.bounds, labelled)
+        total = self.lm_head(hidden, targets[labelled], fast=self.model.fast.head)
         return total / (max(len(labelled), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -44,6 +44,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The plain twin of :func:`rms_norm`, left to autograd."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
@@ -65,3 +71,9 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up (arXiv 2002.05202) for gate and up side by side: [..., 2·i] → [..., i]."""
     return _SwiGLU.apply(gate_up)
+
+
+def swiglu_plain(gate_up: Tensor) -> Tensor:
+    """The plain twin of :func:`swiglu`, left to autograd."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from llama_ft.llama.fast import PLAIN, Fast
 from llama_ft.llama.load import load_model
 from llama_ft.llama.model import LlamaForCausalLM as Ours
 from tests.llama.conftest import SHAPES
@@ -73,9 +74,9 @@ def test_loss_and_gradients_equal(pair):
     ours.zero_grad()
     expected = reference(x, labels=labels).loss
     expected.backward()
-    for fast in (True, False):
+    for fast in (Fast(), PLAIN):
         ours.zero_grad()
-        ours.model.fast = fast
+        ours.model.set_fast(fast)
         loss = ours(x, labels=labels).loss
         loss.backward()
         assert abs(loss.item() - expected.item()) <= 1e-5
@@ -83,7 +84,7 @@ def test_loss_and_gradients_equal(pair):
             cosine = torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0)
             assert cosine > 0.9999, (name, fast, cosine)
             assert gap(p.grad, q.grad) <= 1e-4 * max(1, q.grad.abs().max().item()), (name, fast)
-    ours.model.fast = True
+    ours.model.set_fast(Fast())
 
 
 def test_padded_and_packed_losses_are_the_same(pair):
@@ -147,20 +148,30 @@ def test_packing_does_not_leak_by_one_bit(pair):
     assert not seen[0][1][25:].any()
 
 
-def test_checkpointing_changes_nothing(pair):
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2]), (2, [0, 2])], ids=["full", "selective"])
+def test_checkpointing_changes_nothing(pair, every, recomputed):
+    """Full and selective: the same gradients to the last bit, and exactly the chosen layers run twice."""
     _, ours = pair
     x = ids(2, 24)
-    grads = []
+    grads, runs = [], []
+    for layer in ours.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, *_: runs.append(module))
     for enabled in (False, True):
         ours.train()
         ours.zero_grad()
         if enabled:
+            ours.model.checkpoint_every = every
             ours.gradient_checkpointing_enable({"use_reentrant": False})
+        runs.clear()
         ours(x, labels=x).loss.backward()
         grads.append([p.grad.clone() for p in ours.parameters()])
     ours.gradient_checkpointing_disable()
+    ours.model.checkpoint_every = 1
     ours.eval()
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert [i for i, layer in enumerate(ours.model.layers) if runs.count(layer.mlp) == 2] == recomputed
+    for layer in ours.model.layers:
+        layer.mlp._forward_pre_hooks.clear()
 
 
 @torch.no_grad()

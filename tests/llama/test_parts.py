@@ -22,7 +22,7 @@ from tests.llama.conftest import LLAMA_31_ROPE, SHAPES
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_loss_head_equals_its_plain_twin(rows, frozen, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 307 * 5)  # five rows a chunk: borders inside the batch
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * 307 * 5})  # five rows a chunk: borders inside the batch
     torch.manual_seed(0)
     hidden = torch.randn(rows, 48)
     weight = torch.randn(307, 48)
