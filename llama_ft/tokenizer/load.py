@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ft.errors import UserError, did_you_mean, nearest
+from llama_ft.tokenizer.find import find_tokenizer
 from llama_ft.tokenizer.hub import hub_problem, is_hub_id, quick_hub
+from llama_ft.tokenizer.native import open_native
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,24 +39,28 @@ PAD_CANDIDATES = (
 ABSURD_LENGTH = 10_000_000
 # LLaMA-3.1's context: the longest of the family.
 FALLBACK_LENGTH = 131_072
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# What a hub repository's tokenizer may consist of: the files that transformers would ask for.
+HUB_FILES = ["*token*.json", "config.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "*/*.jinja"]
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer from a folder (HF layout, or one that holds a SentencePiece `tokenizer.model`) or a hub id.
+    """Loads a tokenizer from a folder, a tokenizer file or a hub id.
 
-    `revision` is a hub branch, tag or commit. The network is asked only for a hub id, and only when it answers.
+    A folder or repository with a tokenizer.json is opened by transformers. A SentencePiece `.model`, Llama 3's tiktoken
+    ranks and llama2.c's tokenizer.bin are converted on the way (docs/tokenizers.md); a checkpoint file stands for the
+    tokenizer beside it. `revision` is a hub branch, tag or commit. The network is asked only for a hub id, and only
+    when it answers.
 
-    Raises :class:`UserError` when the folder or repository is missing, gated or unreadable, when the tokenizer is not
-    a fast one, or when no token can serve as padding.
+    Raises :class:`UserError` when the folder or repository is missing, gated or unreadable, when the file is damaged or
+    cannot be converted exactly, when the tokenizer is not a fast one, or when no token can serve as padding.
     """
     path = Path(source).expanduser()
-    if path.exists():
-        tokenizer = _from_folder(path)
-    elif _is_local(str(source)):
-        raise UserError(f"no such tokenizer folder: {source}", hint=_beside(path))
-    else:
-        tokenizer = _from_hub(str(source), revision)
+    if not path.exists():
+        if _is_local(str(source)):
+            raise UserError(f"no such tokenizer folder: {source}", hint=_beside(path))
+        path = _download(str(source), revision)
+    tokenizer = _from_disk(path)
+    tokenizer.name_or_path = str(source)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"the tokenizer of {source} is a slow one ({type(tokenizer).__name__}): it cannot say which characters a "
@@ -65,7 +71,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
     if not begins_with_bos(tokenizer):
         tokenizer.bos_token = None
     if not tokenizer.model_max_length or tokenizer.model_max_length > ABSURD_LENGTH:
-        tokenizer.model_max_length = _stated_context(path) or FALLBACK_LENGTH
+        tokenizer.model_max_length = stated_context(path) or FALLBACK_LENGTH
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -76,40 +82,38 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     return bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
 
 
-def _from_folder(path: Path) -> Any:
-    folder = path if path.is_dir() else path.parent
-    if path.is_file() and path.name not in TOKENIZER_FILES:
-        raise UserError(f"{path} is a file; a tokenizer is a folder with one of {', '.join(TOKENIZER_FILES)}")
-    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not {"tokenizer.json", "tokenizer.model"} & set(present):
+def _from_disk(path: Path) -> Any:
+    file = find_tokenizer(path)
+    if file is None:
+        folder = path if path.is_dir() else path.parent
         raise UserError(
             f"{folder} holds no tokenizer",
-            hint="expected tokenizer.json or a SentencePiece tokenizer.model in that folder",
+            hint="expected tokenizer.json, tokenizer.model or llama2.c's tokenizer.bin in that folder",
         )
-    from transformers import AutoTokenizer, LlamaTokenizer
-
-    # Meta's own layout is a bare SentencePiece file: nothing beside it names the class, and LLaMA 1 and 2 have one.
-    bare = present == ["tokenizer.model"] and not (folder / "config.json").is_file()
-    try:
-        if bare:
-            return LlamaTokenizer.from_pretrained(str(folder), legacy=False, add_bos_token=True, local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust reader raises bare Exception for a damaged file
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(
-            f"the tokenizer in {folder} cannot be read: {line}", hint="is the file whole? Fetch it again if not"
-        ) from error
-
-
-def _from_hub(repo_id: str, revision: str | None) -> Any:
-    if not is_hub_id(repo_id):
-        raise UserError(f"'{repo_id}' is neither a folder nor a hub id (owner/name)", hint="check the path")
+    if file.name != "tokenizer.json":
+        return open_native(file)
     from transformers import AutoTokenizer
 
     try:
+        return AutoTokenizer.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust reader raises bare Exception for a damaged file
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(
+            f"the tokenizer in {file.parent} cannot be read: {line}", hint="is the file whole? Fetch it again if not"
+        ) from error
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """The folder, in the hub's own cache, of a repository's tokenizer files."""
+    if not is_hub_id(repo_id):
+        raise UserError(f"'{repo_id}' is neither a folder nor a hub id (owner/name)", hint="check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
         with quick_hub():
-            return AutoTokenizer.from_pretrained(repo_id, revision=revision or "main", trust_remote_code=False)
-    except Exception as error:
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise hub_problem(error, repo_id, what="tokenizer") from error
 
 
@@ -133,10 +137,11 @@ def settle_pad(tokenizer: PreTrainedTokenizerFast, source: str, *, end: int | No
     )
 
 
-def _stated_context(path: Path) -> int | None:
-    """`max_position_embeddings` of the config.json beside the tokenizer, if there is one."""
+def stated_context(path: Path) -> int | None:
+    """`max_position_embeddings` of the config.json in a folder, or beside a file, if there is one."""
+    folder = path.parent if path.is_file() else path
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     length = config.get("max_position_embeddings") if isinstance(config, dict) else None
