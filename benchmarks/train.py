@@ -52,6 +52,7 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
         "eval_data=null",
         "export.merged=false",
         "tracking=[]",
+        *(["adapter.method=full"] if options.method == "full" else []),
         *options.override,
     ]
 
@@ -116,6 +117,7 @@ def run_trl(variant: str, recipe: Recipe, documents: Path, folder: Path, threads
         "learning_rate": training.learning_rate,
         "warmup": training.warmup,
         "seed": training.seed,
+        "method": adapter.method,
         "r": adapter.r,
         "alpha": adapter.alpha,
         "threads": threads,
@@ -181,21 +183,33 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """See the module's docstring."""
+def describe(about: dict[str, Any]) -> str:
+    """One line: processor, its matrix rates, versions, date."""
+    gemm = about["gemm_gflops"]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    rates = f"GEMM {gemm['float32']} GFLOP/s float32 and {gemm['bfloat16']} bfloat16"
+    return f"{about['cpu']}, {about['cores']} cores, {rates}; {versions}; {about['date']}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="benchmarks.train")
     parser.add_argument("--peers", default="trl", help="comma-separated; known: " + ", ".join(PEERS))
     parser.add_argument("--data", default="../shared/data/instruct/alpaca_5000.json", help="Alpaca rows")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps per process, the first one uncounted")
     parser.add_argument("--limit", type=int, default=400)
-    parser.add_argument("--global-batch", type=int, default=16)
+    parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for our recipe")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def compare(options: argparse.Namespace, about: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Runs ours and the peers in turn. Returns the Markdown and everything measured."""
     recipe = load_recipe(RECIPE, overrides_of(options))
     variants = [variant for peer in options.peers.split(",") if peer for variant in PEERS[peer]]
-    about = machine()
     contenders = [OURS, *variants]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as name:
@@ -210,27 +224,31 @@ def main() -> None:
                     result = run_trl(contender, recipe, documents, folder, about["cores"])
                 runs[contender].append(result)
                 rate = summary([result])["tokens_per_second"]
-                print(f"round {round_number + 1} {contender}: {rate:.0f} tokens/s, {result['rss']:.2f} GiB", flush=True)
+                line = f"round {round_number + 1} {contender}: {rate:.0f} tokens/s, {result['rss']:.2f} GiB"
+                print(line, file=sys.stderr, flush=True)
     rows = {name: summary(results) for name, results in runs.items()}
     expected = [step["loss"] for step in reference["steps"]]
     for name, row in rows.items():
         regrouped = VARIANTS.get(name, {}).get("grouped", False)
         row["loss_gap"] = None if regrouped else loss_gap(row["losses"], expected)
-    command = "python -m benchmarks.train " + " ".join(sys.argv[1:])
     text = (
-        f"`{command}`\n\n{about['cpu']}, {about['cores']} cores, "
-        f"GEMM {about['gemm_gflops']['float32']} GFLOP/s float32 and {about['gemm_gflops']['bfloat16']} bfloat16; "
-        + ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-        + f"; {about['date']}. {options.rounds} rounds in turn, documents sha256 {digest[:12]}.\n\n{table(rows)}\n"
+        f"The training command beside TRL's trainer, {options.method}: {options.rounds} rounds in turn, each a process "
+        f"of its own, documents sha256 {digest[:12]}.\n\n{table(rows)}\n"
     )
+    return text, {"documents": digest, "rows": rows, "runs": runs}
+
+
+def main() -> None:
+    """See the module's docstring."""
+    options, about = parse(), machine()
+    text, data = compare(options, about)
+    text = f"`python -m benchmarks.train {' '.join(sys.argv[1:])}`\n\n{describe(about)}.\n\n{text}"
     print(text)
     if not options.no_write:
         RESULTS.mkdir(exist_ok=True)
-        stem = f"train-cpu-{about['date']}"
+        stem = f"train-{options.method}-cpu-{about['date']}"
         (RESULTS / f"{stem}.md").write_text(text)
-        (RESULTS / f"{stem}.json").write_text(
-            json.dumps({"machine": about, "documents": digest, "rows": rows, "runs": runs}, indent=1)
-        )
+        (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, **data}, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m benchmarks.trl_sft SPEC.json
 
 SPEC: {"model", "documents" (jsonl of input_ids and labels, in training order), "variant", "steps", "micro_batch",
-"accumulation", "learning_rate", "seed", "r", "alpha", "threads", "out"}. Writes {"steps": [{"seconds", "tokens",
-"labelled", "loss"}], "start_up_seconds"} to `out`. Nothing of llama_ft is imported: this is what a user of TRL runs.
+"accumulation", "learning_rate", "seed", "method", "r", "alpha", "threads", "out"}. Writes {"steps": [{"seconds",
+"tokens", "labelled", "loss"}], "start_up_seconds"} to `out`. Nothing of llama_ft is imported: this is what a user of TRL
+runs.
 """
 
 from __future__ import annotations
@@ -100,14 +101,14 @@ def main(spec: dict[str, Any]) -> None:
         train_sampling_strategy="group_by_length" if grouped else "sequential",
         **changes,
     )
+    settings = {"r": spec["r"], "lora_alpha": spec["alpha"], "lora_dropout": 0.0, "target_modules": "all-linear"}
+    adapter = LoraConfig(task_type="CAUSAL_LM", **settings) if spec["method"] == "lora" else None
     trainer = CountingTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=spec["r"], lora_alpha=spec["alpha"], lora_dropout=0.0, target_modules="all-linear"
-        ),
+        peft_config=adapter,
         clock=clock,
     )
     start_up = time.perf_counter() - STARTED

@@ -65,6 +65,18 @@ def schema() -> None:
 
 
 @app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout, memory in bytes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the shapes that preset:NAME takes: sizes, context, RoPE, memory by type."""
+    with user_facing(debug=debug):
+        from llama_ft.llama.catalog import print_models
+
+        print_models(as_json=as_json)
+
+
+@app.command()
 def preview(
     recipe: RecipeArg,
     overrides: Overrides = None,
@@ -104,6 +116,23 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
         from llama_ft.export.run import export_run
 
         export_run(run)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's file or folder, or a hub id.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder, in Hugging Face's layout.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="as stored; float32 if quantised")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder of that name.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Convert Meta's, llama2.c's, GGUF or HF weights, checked tensor by tensor, to Hugging Face's layout."""
+    with user_facing(debug=debug):
+        from llama_ft.llama.checkpoint import import_named
+
+        import_named(source, dest, dtype=dtype, overwrite=overwrite)
 
 
 @app.command()

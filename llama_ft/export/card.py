@@ -41,8 +41,10 @@ def write_card(run: Run) -> Path:
 
 
 def base_names(recipe: Recipe) -> tuple[str | None, str | None]:
-    """(hub id, licence) of the base model; None where it has none that is known."""
+    """(hub id, licence) of the base model; None where it has none that is known, or only lent its shapes."""
     base = recipe.model.base
+    if recipe.model.starts_new:
+        return None, None
     if base in _HUB_NAMES:
         return _HUB_NAMES[base]
     is_hub_id = _HUB_ID.fullmatch(base) and not Path(base).exists()
@@ -65,7 +67,9 @@ def _cards(recipe: Recipe) -> list[tuple[Data, Card | None]]:
 def _front_matter(recipe: Recipe) -> dict[str, Any]:
     base, base_licence = base_names(recipe)
     cards = _cards(recipe)
-    licences = {base_licence, *(card.licence if card else None for _, card in cards)}
+    licences = {card.licence if card else None for _, card in cards}
+    if not recipe.model.starts_new:
+        licences.add(base_licence)
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base is not None:
         front |= {"base_model": base, "base_model_relation": "finetune"}
@@ -81,10 +85,11 @@ def _front_matter(recipe: Recipe) -> dict[str, Any]:
 
 def _base_in_words(recipe: Recipe) -> str:
     base, licence = base_names(recipe)
+    if recipe.model.starts_new:
+        local = Path(recipe.model.base).exists()
+        return f"New weights in the shapes of {'a LLaMA from a local folder' if local else f'`{recipe.model.base}`'}"
     if base is None:
-        return (
-            "A LLaMA from a local folder" if not recipe.model.base.startswith("preset:") else f"`{recipe.model.base}`"
-        )
+        return "A LLaMA from a local folder"
     return f"[{base}](https://huggingface.co/{base})" + (f" ({licence})" if licence else "")
 
 
@@ -200,7 +205,7 @@ def _settings(run: Run) -> str:
 
 def _limits(recipe: Recipe) -> str:
     _, licence = base_names(recipe)
-    other = "" if licence else " The base model's own licence and terms apply."
+    other = "" if licence or recipe.model.starts_new else " The base model's own licence and terms apply."
     return (
         "## Limits\n\nThe model knows what its base and these rows taught it, and states wrong things as confidently "
         "as right ones. It was not tuned or tested for safety; nothing beyond the measurements above is claimed."

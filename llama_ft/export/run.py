@@ -30,6 +30,7 @@ from llama_ft.export.tolerance import TOLERANCES, judge
 from llama_ft.export.trained import base_folder, check_live, check_scale, full_model, newest_weights, read_back
 from llama_ft.files import publish, write_json
 from llama_ft.llama.load import DTYPES, load_config
+from llama_ft.llama.shards import stored_tensors
 from llama_ft.recipe.run import Run
 
 STAGED = ".merged.new"
@@ -134,7 +135,8 @@ def _write(job: _Job, staged: Path) -> None:
         job.run.merged.rename(staged)  # the trainer has just written it; it comes back when the proof has passed
     else:
         merge_adapter(newest_weights(job.run), None, staged, base_dtype=torch.float32, dtype=dtype)
-    config = load_config(job.base, recipe.model.rope_scaling)
+    config = load_config(job.base, recipe.model.rope_scaling, recipe.sequence.max_length)
+    config.vocab_size = stored_tensors(staged)["model.embed_tokens.weight"].shape[0]  # full tuning may have added rows
     write_companions(staged, config, dtype, job.prepared.tokenizer, job.stop)
 
 

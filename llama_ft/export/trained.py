@@ -23,7 +23,11 @@ _SHOWN = 4
 
 
 def base_folder(run: Run) -> Path:
-    """The folder whose weights the run started from: the one it noted, or, when that has moved, the recipe's base."""
+    """The folder that the run started from: its own, else the one it noted, else (it has moved) the recipe's base."""
+    if (run.base / "config.json").is_file():
+        return run.base
+    if run.lock.get("init") == "random":
+        raise UserError(f"the run's own base is gone: there is no {run.base}", hint="train again with --overwrite")
     noted = run.lock.get("base_folder")
     if noted and (Path(noted) / "config.json").is_file():
         return Path(noted)
@@ -51,6 +55,7 @@ def read_back(base: Path, lora: LoraFile, recipe: Recipe) -> PeftModel:
         DTYPES[recipe.model.dtype],
         compute_dtype=torch.float32,
         rope_scaling=recipe.model.rope_scaling,
+        max_length=recipe.sequence.max_length,
     )
     peft_model = PeftModel.from_pretrained(model, str(lora.path))
     modules = peft_model.get_base_model().named_modules()
@@ -103,7 +108,9 @@ def full_model(run: Run, live: PreTrainedModel | PeftModel | None) -> PreTrained
     if live is not None:
         in_float32 = all(parameter.dtype == torch.float32 for parameter in live.parameters())
         return cast(PreTrainedModel, live if in_float32 else copy.deepcopy(live).float())
-    return load_model(newest_weights(run), torch.float32, rope_scaling=run.recipe.model.rope_scaling)
+    recipe = run.recipe
+    scaling, max_length = recipe.model.rope_scaling, recipe.sequence.max_length
+    return load_model(newest_weights(run), torch.float32, rope_scaling=scaling, max_length=max_length)
 
 
 def newest_weights(run: Run) -> Path:

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
+
+from filelock import FileLock
 
 from llama_ft.errors import UserError
 from llama_ft.llama import smollm2
+from llama_ft.paths import cache_dir
+from llama_ft.recipe.lookup import CHECKPOINT_FILES
 from llama_ft.tokenizer.hub import hub_problem, quick_hub
 
 TOKENIZER_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+CONVERSION = "1"
+"""Raised when an import writes something else, so that older caches are made again."""
 
 
 def locate_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder that holds a base model's config, tokenizer and (with `weights`) safetensors.
 
-    `base`: `smollm2-135m`, a local folder, or a hub id, which is downloaded into the hub's own cache. A preset has no
-    folder. Raises UserError when there is no such model or it cannot be reached.
+    `base`: `smollm2-135m`, a local folder, a hub id, which is downloaded into the hub's own cache, or a checkpoint of
+    another format (a `.gguf` or llama2.c's `.bin` file, a folder in Meta's layout), which is converted once into ours.
+    A preset has no folder. Raises UserError when there is no such model, it cannot be reached, or it is damaged.
     """
     if base == smollm2.NAME:
         return smollm2.smollm2_folder()
-    if base.startswith("preset:") or base.endswith(".gguf"):
-        raise UserError(
-            f"this version cannot start from {base} yet",
-            key="model.base",
-            hint=f"name a hub id, a folder in Hugging Face's layout, or {smollm2.NAME}",
-        )
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        _check_folder(folder, weights=weights)
-        return folder.resolve()
+    if base.startswith("preset:"):
+        hint = f"name a hub id, a folder, a checkpoint file or {smollm2.NAME}"
+        raise UserError(f"{base} is shapes alone: it has no folder of weights", key="model.base", hint=hint)
+    path = Path(base).expanduser()
+    if _is_foreign(path):
+        return _converted(path.resolve(), weights=weights)
+    if path.is_dir():
+        _check_folder(path, weights=weights)
+        return path.resolve()
+    if path.is_file() or base.endswith(CHECKPOINT_FILES):
+        what = f"{base} is no checkpoint that can be read" if path.is_file() else f"there is no file {base}"
+        hint = f"name a folder, or a file that ends in {', '.join(CHECKPOINT_FILES)}"
+        raise UserError(what, key="model.base", hint=hint)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -43,6 +55,49 @@ def locate_base(base: str, revision: str | None = None, *, weights: bool = True)
     return found
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether a base must be converted: a checkpoint file, or a folder in Meta's layout and not in HF's as well."""
+    if path.is_dir():
+        return not (path / "config.json").is_file() and any(path.glob("consolidated*.pth"))
+    return path.is_file() and path.suffix in CHECKPOINT_FILES
+
+
+def _converted(source: Path, *, weights: bool) -> Path:
+    """The cached conversion of a checkpoint, made on first use; safe when several processes ask at once.
+
+    Its key is the absolute path, size and time of change of every file that goes into it: the contents would say more,
+    but reading 130 GB at every start only to find that nothing changed costs minutes. Without `weights` (for a preview)
+    config and tokenizer alone are made, unless the whole is there already.
+    """
+    from llama_ft.llama.checkpoint import import_checkpoint
+
+    stated = "\n".join(f"{file}\t{file.stat().st_size}\t{file.stat().st_mtime_ns}" for file in _ingredients(source))
+    key = hashlib.sha256(f"{CONVERSION}\n{source}\n{stated}".encode()).hexdigest()[:16]
+    whole = cache_dir("models", f"{source.stem}-{key}")
+    folder = whole if weights or whole.is_dir() else whole.with_name(f"{whole.name}-tokenizer")
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            if weights:
+                print(f"converting {source} once into {folder}", file=sys.stderr, flush=True)
+            import_checkpoint(source, folder, weights=weights)
+    return folder
+
+
+def _ingredients(source: Path) -> list[Path]:
+    """The files a conversion is made from: the weights, what describes them, and every tokenizer it may find beside."""
+    folder = source if source.is_dir() else source.parent
+    beside = [
+        path for pattern in ("params.json", "tok*.model", "tok*.bin", "tok*.json") for path in folder.glob(pattern)
+    ]
+    parts = list(folder.glob("consolidated*.pth")) if source.is_dir() or source.suffix == ".pth" else []
+    above = folder.parent / "tokenizer.model"
+    files = {*beside, *parts, *([above] if above.is_file() else []), *([source] if source.is_file() else [])}
+    return sorted(files)
+
+
 def _check_folder(folder: Path, *, weights: bool) -> None:
     config = folder / "config.json"
     if not config.is_file():
@@ -50,7 +105,7 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
         raise UserError(
             f"{folder} is not a model folder: it has no config.json (found: {found})",
             key="model.base",
-            hint="name a folder in Hugging Face's layout",
+            hint="name a folder in Hugging Face's layout, or the checkpoint's file",
         )
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(

@@ -17,12 +17,12 @@ class Fast:
 
     attention: str = "auto"
     """A name of kernels.KERNELS; `plain` is the twin."""
-    elementwise: bool = True
-    """RMSNorm and SwiGLU that keep only their inputs."""
+    elementwise: str = "saving"
+    """RMSNorm and SwiGLU, a name of ops.ELEMENTWISE: `saving` keeps their inputs alone; `plain`; `compiled`."""
     head: bool = True
     """The loss without its logits."""
     labelled_rows: bool = True
     """The last layer's q, o and MLP only where a label needs them."""
 
 
-PLAIN = Fast(attention="plain", elementwise=False, head=False, labelled_rows=False)
+PLAIN = Fast(attention="plain", elementwise="plain", head=False, labelled_rows=False)

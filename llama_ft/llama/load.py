@@ -15,13 +15,21 @@ from transformers import LlamaConfig
 from transformers.utils import logging
 
 from llama_ft.errors import UserError
+from llama_ft.llama.context import scale_rope
+from llama_ft.llama.init import initial_weights, meta_model
 from llama_ft.llama.model import LlamaForCausalLM
+from llama_ft.recipe.schema import RopeScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_config(folder: Path, rope_scaling: dict | None = None) -> LlamaConfig:
-    """The folder's config. UserError if it is another architecture: its weights would load and answer nonsense."""
+def load_config(folder: Path, rope_scaling: RopeScaling | None = None, max_length: int = 0) -> LlamaConfig:
+    """The folder's config, with a recipe's RoPE scaling in place of its own if one is given.
+
+    max_length: longest document of the training, for a scaling that does not say how far it reaches. What becomes of
+    max_position_embeddings is the rule of :mod:`llama_ft.llama.context`, so that an export is served right. UserError
+    if it is another architecture: its weights would load and answer nonsense.
+    """
     found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if found != "llama":
         raise UserError(
@@ -30,19 +38,37 @@ def load_config(folder: Path, rope_scaling: dict | None = None) -> LlamaConfig:
             hint="name a LLaMA: Llama 1 to 3, Code Llama, TinyLlama, SmolLM2, Vicuna …",
         )
     config = LlamaConfig.from_pretrained(folder)
-    if rope_scaling is not None:
-        config.rope_parameters = {**(config.rope_parameters or {}), **rope_scaling}
-    return config
+    return config if rope_scaling is None else scale_rope(config, rope_scaling, max_length)
+
+
+@torch.no_grad()
+def build_random(config: LlamaConfig, seed: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A new LLaMA on the CPU with the weights of :func:`initial_weights`, rounded to `dtype`."""
+    model: Any = meta_model(config)
+    model.to(dtype).to_empty(device="cpu")
+    model.tie_weights()
+    parameters = dict(model.named_parameters())
+    for name, weight in initial_weights(config, seed):
+        parameters[name].copy_(weight)
+    return model
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, *, compute_dtype: torch.dtype | None = None, rope_scaling: dict | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    rope_scaling: RopeScaling | None = None,
+    max_length: int = 0,
 ) -> LlamaForCausalLM:
-    """Our LLaMA with the folder's weights rounded to `dtype`, held in `compute_dtype` (None: the same)."""
+    """Our LLaMA with the folder's weights rounded to `dtype`, held in `compute_dtype` (None: the same).
+
+    rope_scaling and max_length: see :func:`load_config`.
+    """
     with quiet_transformers():
         loaded: Any = LlamaForCausalLM.from_pretrained(
             folder,
-            config=load_config(folder, rope_scaling),
+            config=load_config(folder, rope_scaling, max_length),
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from llama_ft.llama.attention import Cached, Heads, Packed, Rows
 from llama_ft.llama.fast import FEW_ROWS, Fast
 from llama_ft.llama.head import IGNORE, LossHead, shift_labels
-from llama_ft.llama.ops import rms_norm, rms_norm_plain, swiglu, swiglu_plain
+from llama_ft.llama.ops import ELEMENTWISE
 from llama_ft.llama.packing import Packing
 from llama_ft.llama.projections import Project, project
 from llama_ft.llama.rope import RotaryEmbedding
@@ -33,10 +33,10 @@ class LlamaRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.fast = True
+        self.elementwise = "saving"
 
     def forward(self, x: Tensor) -> Tensor:
-        return (rms_norm if self.fast else rms_norm_plain)(x, self.weight, self.eps)
+        return ELEMENTWISE[self.elementwise][0](x, self.weight, self.eps)
 
 
 class LlamaAttention(nn.Module):
@@ -73,11 +73,11 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.fast = True
+        self.elementwise = "saving"
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.project(x, (self.gate_proj, self.up_proj))
-        return self.project((swiglu if self.fast else swiglu_plain)(gate_up), (self.down_proj,))
+        return self.project(ELEMENTWISE[self.elementwise][1](gate_up), (self.down_proj,))
 
 
 class LlamaDecoderLayer(GradientCheckpointingLayer):
@@ -118,6 +118,7 @@ class LlamaPreTrainedModel(PreTrainedModel):
         for model in self.modules():
             if isinstance(model, LlamaModel):
                 for number, layer in enumerate(model.layers):
+                    assert isinstance(layer, LlamaDecoderLayer)
                     if number % model.checkpoint_every:
                         layer.gradient_checkpointing = False
 
@@ -161,7 +162,7 @@ class LlamaModel(LlamaPreTrainedModel):
         self.fast = fast
         for module in self.modules():
             if isinstance(module, (LlamaRMSNorm, LlamaMLP)):
-                module.fast = fast.elementwise
+                module.elementwise = fast.elementwise
 
     def run(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
         """Blocks and last norm over x [N, hidden]; with `rows`, only the wanted [M, hidden]."""

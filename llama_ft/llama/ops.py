@@ -1,6 +1,10 @@
-"""RMSNorm and SwiGLU as autograd functions that keep only their inputs and write in place where they may."""
+"""RMSNorm and SwiGLU: as autograd functions that keep only their inputs, in plain torch, and compiled."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,3 +81,26 @@ def swiglu_plain(gate_up: Tensor) -> Tensor:
     """The plain twin of :func:`swiglu`, left to autograd."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)  # the number of tokens changes from batch to batch
+
+
+def rms_norm_compiled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """:func:`rms_norm_plain` through torch.compile; needs a C++ compiler on a CPU, Triton on CUDA."""
+    return _compiled(rms_norm_plain)(x, weight, eps)
+
+
+def swiglu_compiled(gate_up: Tensor) -> Tensor:
+    """:func:`swiglu_plain` through torch.compile."""
+    return _compiled(swiglu_plain)(gate_up)
+
+
+ELEMENTWISE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "saving": (rms_norm, swiglu),
+    "plain": (rms_norm_plain, swiglu_plain),
+    "compiled": (rms_norm_compiled, swiglu_compiled),
+}
+"""(RMSNorm, SwiGLU) by name. Compiled kernels are not the default anywhere until they were measured to pay."""

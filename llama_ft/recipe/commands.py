@@ -98,7 +98,7 @@ def recipe_schema() -> dict[str, Any]:
     for section in [schema, *schema["$defs"].values()]:
         for name, value in section["properties"].items():
             section["properties"][name] = _or_null(value)
-    for name in ("Model", "Reproduces", "Holdout"):
+    for name in ("Model", "RopeScaling", "Reproduces", "Holdout"):
         schema["$defs"][name].pop("required", None)
     parent = {
         "type": "string",

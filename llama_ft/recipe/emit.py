@@ -23,6 +23,8 @@ def lines(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.adapter.method == "full":
         # Without an adapter its settings mean nothing, and a recipe that states them is refused.
         data["adapter"] = {"method": "full"}
+    if recipe.model.rope_scaling is not None:  # the same goes for the keys of other types
+        data["model"]["rope_scaling"] = recipe.model.rope_scaling.parameters()
     result: list[tuple[str, str]] = []
     _map(data, "", 0, result)
     return result

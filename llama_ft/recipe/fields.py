@@ -40,11 +40,6 @@ class Field:
         return self.item.model if self.item is not None else None
 
     @property
-    def takes_any_map(self) -> bool:
-        """Whether a map with free keys stands here (`rope_scaling`)."""
-        return any(get_origin(member) is dict for member in self.members)
-
-    @property
     def item(self) -> Field | None:
         """What one entry of a list at this key is, if a list can stand here."""
         for member in self.members:
@@ -79,13 +74,19 @@ def fields_of(model: type[BaseModel]) -> dict[str, Field]:
 
 @cache
 def section_models() -> dict[str, type[BaseModel]]:
-    """Every section by its dotted key: `""` the recipe itself, `training`, `data.0`, `eval_data`, `eval_data.0`, …"""
-    sections: dict[str, type[BaseModel]] = {"": Recipe}
-    for name, field in fields_of(Recipe).items():
-        if field.model is not None:
-            sections[name] = field.model
-        if field.item_model is not None:
-            sections[f"{name}.0"] = field.item_model
+    """Every section by its dotted key: `""` the recipe itself, `model`, `model.rope_scaling`, `data.0`, …"""
+    sections: dict[str, type[BaseModel]] = {}
+
+    def add(key: str, model: type[BaseModel]) -> None:
+        sections[key] = model
+        for name, field in fields_of(model).items():
+            below = f"{key}.{name}" if key else name
+            if field.model is not None:
+                add(below, field.model)
+            if field.item_model is not None:
+                add(f"{below}.0", field.item_model)
+
+    add("", Recipe)
     return sections
 
 

@@ -79,7 +79,7 @@ def _origins(recipe: Recipe, entries: dict[str, Entry]) -> dict[str, str]:
     origins: dict[str, str] = {}
 
     def walk(value: object, key: str) -> None:
-        if isinstance(value, dict) and key != "model.rope_scaling":
+        if isinstance(value, dict):
             for name, part in value.items():
                 walk(part, f"{key}.{name}" if key else name)
         elif isinstance(value, list) and any(isinstance(part, dict) for part in value):

@@ -21,6 +21,8 @@ from llama_ft.recipe.yaml_reader import read_file
 from llama_ft.recipe.yaml_words import one_line
 
 SHIPPED_BASE = "smollm2-135m"
+CHECKPOINT_FILES = (".gguf", ".bin", ".pth", ".pt")
+"""Endings of a base that is one file, not a folder (docs/import.md)."""
 _HUB_ID_LENGTH = 96  # the hub's own limit
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _TEMPLATES = PACKAGE / "data" / "templates"
@@ -163,18 +165,23 @@ def _weights(view: View, key: str, text: str, kind: str, names: list[str]) -> No
     if text == SHIPPED_BASE:
         return
     found = _find(view, key, text, shipped=False)
-    is_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..") or text.endswith(".gguf")
+    is_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..") or text.endswith(CHECKPOINT_FILES)
     if is_path and found is None:
         _missing(view, key, "file or folder", [], _siblings(view, key, text, ("*",)))
-    elif is_path and kind == "base model" and found is not None and found.is_file() and found.suffix != ".gguf":
-        what = f"'{one_line(text)}' is a file, a folder or a .gguf file is needed"
-        _refuse(view, key, what, "name the model's folder")
+    elif is_path and kind == "base model" and _is_other_file(found):
+        what = f"'{one_line(text)}' is a file, a folder or a checkpoint file is needed"
+        _refuse(view, key, what, f"name the model's folder, or a file that ends in {', '.join(CHECKPOINT_FILES)}")
     elif found is not None and (is_path or found.is_dir()):
         view.replace(key, str(found))
     elif not _HUB_ID.fullmatch(text) or len(text) > _HUB_ID_LENGTH or ".." in text or "--" in text:
         near = nearest(text[:100], names)
-        others = f"a hub id is org/name, a path starts with ./; or {', '.join(names)}"
+        shipped = SHIPPED_BASE + (", preset:NAME (llama-ft models lists them)" if len(names) > 1 else "")
+        others = f"a hub id is org/name, a path starts with ./; or {shipped}"
         _refuse(view, key, f"no such {kind} '{one_line(text)}'", f"did you mean '{near}'?" if near else others)
+
+
+def _is_other_file(found: Path | None) -> bool:
+    return found is not None and found.is_file() and found.suffix not in CHECKPOINT_FILES
 
 
 def _launch(view: View) -> Launcher | None:

@@ -6,7 +6,6 @@ The places survive `extends` and overrides, so a mistake is reported where it wa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -142,15 +141,3 @@ def plain(node: Node) -> Any:
     if isinstance(node, Items):
         return [plain(item) for item in node.items]
     return node.value if isinstance(node, Scalar) else None
-
-
-def scalars(node: Node) -> Iterator[Scalar]:
-    """Every scalar below a node, in the order written."""
-    if isinstance(node, Scalar):
-        yield node
-    elif isinstance(node, Map):
-        for entry in node.entries.values():
-            yield from scalars(entry.node)
-    elif isinstance(node, Items):
-        for item in node.items:
-            yield from scalars(item)

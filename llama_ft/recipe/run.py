@@ -48,6 +48,11 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def base(self) -> Path:
+        """The base of a run that started from new weights; other runs have none."""
+        return self.path / "base"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of `step-N/`, each complete or absent."""
         return self.path / "checkpoints"

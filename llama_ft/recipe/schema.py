@@ -11,8 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 Objective = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo"]
 Layout = Literal["alpaca", "sharegpt", "messages", "preference", "text", "prompt-completion"]
-PRESETS = ("tiny", "llama-2-7b")
-"""Shapes that `preset:NAME` takes."""
+PRESETS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("llama-1-7b", "llama-1-13b", "llama-1-33b", "llama-1-65b"), (2048, 2048)),
+    **dict.fromkeys(("llama-2-7b", "llama-2-13b", "llama-2-70b"), (4096, 4096)),
+    **dict.fromkeys(("code-llama-7b", "code-llama-13b", "code-llama-34b"), (16384, 16384)),
+    **dict.fromkeys(("llama-3-8b", "llama-3-70b", "llama-3-405b"), (8192, 8192)),
+    **dict.fromkeys(("llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b"), (8192, 131_072)),
+    **dict.fromkeys(("llama-3.2-1b", "llama-3.2-3b"), (8192, 131_072)),
+    "tinyllama-1.1b": (2048, 2048),
+    **dict.fromkeys(("smollm2-135m", "smollm2-360m", "smollm2-1.7b"), (8192, 8192)),
+    "tiny": (512, 512),
+}
+"""Shapes that `preset:NAME` takes (llama_ft.llama.shapes has them), each with its context in tokens before and after
+the RoPE scaling it was published with."""
 TRAINABLE = ("sft",)
 """Objectives that this version trains."""
 TRAINABLE_METHODS = ("full", "lora")
@@ -43,6 +54,66 @@ class Reproduces(Section):
     """Every way in which this recipe differs from the source, in words."""
 
 
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": (("rope_theta",), ()),
+    "linear": (("factor",), ("rope_theta",)),
+    "dynamic": (("factor",), ("rope_theta",)),
+    "yarn": (
+        ("factor",),
+        ("rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+         "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("rope_theta", "original_max_position_embeddings"),
+    ),
+}  # fmt: skip
+"""Which keys each type of RoPE scaling needs, and which it may have; transformers' names and types."""
+AtLeastOne = Annotated[StrictInt, Field(ge=1)] | Annotated[Finite, Field(ge=1)]
+
+
+class RopeScaling(Section):
+    """How RoPE reaches beyond the context of pre-training. Each type takes its own keys and no others.
+
+    `default` only changes theta, as Code Llama does.
+    """
+
+    rope_type: RopeType
+    """Positions divided by the factor (`linear`), theta by length (`dynamic`), YaRN, or Llama 3.1's rule."""
+    factor: AtLeastOne | None = None
+    """How many times the original context is to be read; all but `default` need it."""
+    rope_theta: Positive | None = None
+    """Another base of the frequencies; null keeps the base model's."""
+    original_max_position_embeddings: PositiveInt | None = None
+    """yarn, llama3: the context before scaling, in tokens; null takes the base model's."""
+    low_freq_factor: Positive | None = None
+    """llama3: wavelengths above original / this are divided by the factor (Llama 3.1: 1)."""
+    high_freq_factor: Positive | None = None
+    """llama3: wavelengths below original / this stay as they are (Llama 3.1: 4)."""
+    beta_fast: Positive | None = None
+    """yarn: features that turn more often than this in the original context stay as they are (null: 32)."""
+    beta_slow: Positive | None = None
+    """yarn: features that turn less often than this are divided by the factor (null: 1)."""
+    attention_factor: Positive | None = None
+    """yarn: scale of cos and sin; null is 0.1·ln(factor) + 1 (arXiv 2309.00071)."""
+    mscale: Positive | None = None
+    """yarn: with mscale_all_dim, the attention factor as DeepSeek computes it."""
+    mscale_all_dim: Positive | None = None
+    """yarn: the divisor of mscale's attention factor."""
+    truncate: StrictBool | None = None
+    """yarn: round the borders between features to whole numbers (null: true)."""
+
+    def parameters(self) -> dict[str, Any]:
+        """What the type uses of what was stated, numbers as floats, lengths and flags as they are."""
+        needed, optional = ROPE_KEYS[self.rope_type]
+        stated = {name: getattr(self, name) for name in (*needed, *optional)}
+        whole = ("original_max_position_embeddings", "truncate")
+        given = {name: value for name, value in stated.items() if value is not None}
+        numbers = {name: value if name in whole else float(value) for name, value in given.items()}
+        return {"rope_type": self.rope_type, **numbers}
+
+
 class Model(Section):
     """The base model: where its weights come from and how they are held."""
 
@@ -54,10 +125,15 @@ class Model(Section):
     """Hub id or folder of another tokenizer; null takes the base model's own."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the base weights in training. Adapters, norms' arithmetic and losses stay float32."""
-    rope_scaling: dict[str, Any] | None = None
-    """RoPE scaling as in a HF config (`rope_type`, `factor`, …); null keeps the base's own."""
+    rope_scaling: RopeScaling | None = None
+    """How RoPE reaches beyond the base's context; null keeps the base's own."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random` starts from fresh weights of the base's shapes."""
+    """`random` starts from fresh weights of the base's shapes, made from training.seed; a preset always does."""
+
+    @property
+    def starts_new(self) -> bool:
+        """Whether training starts from weights that nobody has trained: shapes alone have no others."""
+        return self.init == "random" or self.base.startswith("preset:")
 
 
 class Adapter(Section):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llama_ft.errors import nearest
 from llama_ft.recipe.fields import Field, fields_of
-from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, is_null, plain, scalars
+from llama_ft.recipe.nodes import Entry, Findings, Items, Map, Mark, Node, Scalar, is_null
 from llama_ft.recipe.scalars import read_plain
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.words import expected, key_hint, shown
@@ -99,8 +99,6 @@ class _Walk:
         return _BAD if any(value is _BAD for value in values) else values
 
     def map(self, info: Field, node: Map, key: str) -> Any:
-        if info.takes_any_map:
-            return self.free_map(node, key)
         if info.model is None:
             return self.mismatch(info, node, key)
         # Where a list of sources may stand too, a map is the section only if it has one of its keys.
@@ -124,13 +122,6 @@ class _Walk:
         if node.form in ("text", "bool", "int", "float"):
             return node.value
         return self.mismatch(info, node, key)
-
-    def free_map(self, node: Map, key: str) -> Any:
-        for scalar in scalars(node):
-            if scalar.form not in ("text", "bool", "int", "float", "null"):
-                what = f"{shown(scalar)} is read differently by different YAML readers"
-                return self.wrong(scalar.mark, key, what, "put it in quotes, or write a plain number, true or false")
-        return plain(node)
 
     def mismatch(self, info: Field, node: Node, key: str) -> Any:
         if isinstance(node, Scalar):
@@ -156,6 +147,8 @@ def _fits(info: Field, value: Any) -> bool:
 def _unknown(name: str, model: type[BaseModel], path: str) -> str:
     if name == "holdout" and path.startswith("eval_data."):
         return "holdout stands alone, not in a list: eval_data: {holdout: 0.02}"
+    if name == "type" and path == "model.rope_scaling":
+        return "write rope_type, as transformers calls it since 4.45"
     if name == "extends":
         return "extends stands at the top of a recipe file"
     return key_hint(name, model, path)

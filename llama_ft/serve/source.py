@@ -16,6 +16,7 @@ from llama_ft.data.template import Template
 from llama_ft.errors import UserError, did_you_mean
 from llama_ft.llama import smollm2
 from llama_ft.llama.base import locate_base
+from llama_ft.llama.context import context_length
 from llama_ft.llama.load import DTYPES, choose_compute_dtype, load_model
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.llama.projections import project_each
@@ -84,7 +85,14 @@ def _open_run(run: Run) -> Opened:
     dtype = DTYPES[run.recipe.model.dtype]
     device = _device()
     compute = choose_compute_dtype(dtype, device)
-    model: Any = load_model(base_folder(run), dtype, compute_dtype=compute, rope_scaling=run.recipe.model.rope_scaling)
+    recipe = run.recipe
+    model: Any = load_model(
+        base_folder(run),
+        dtype,
+        compute_dtype=compute,
+        rope_scaling=recipe.model.rope_scaling,
+        max_length=recipe.sequence.max_length,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what PEFT still calls in transformers is theirs to settle
         PeftModel.from_pretrained(model, str(run.adapter))  # puts its factors into `model` itself
@@ -116,7 +124,7 @@ def _opened(model: LlamaForCausalLM, folder: Path, system: str | None, notices: 
     model.eval()
     # One product each: joining q, k and v's weights for every single token would cost more than it saves.
     model.model.set_project(project_each)
-    return Opened(model, renderer, stop, model.config.max_position_embeddings, system, notices)
+    return Opened(model, renderer, stop, context_length(model.config), system, notices)
 
 
 def _device() -> torch.device:

@@ -41,20 +41,23 @@ def check_run_folder(run: Run, *, resume: bool, overwrite: bool) -> int | None:
 
 def clear_run_folder(run: Run) -> None:
     """Removes what an earlier run left; anything else in the folder stays."""
-    for entry in ("checkpoints", "adapter", "merged", "merged.rejected", "gguf", "eval", "tensorboard"):
+    for entry in ("base", "checkpoints", "adapter", "merged", "merged.rejected", "gguf", "eval", "tensorboard"):
         shutil.rmtree(run.path / entry, ignore_errors=True)
     for entry in ("metrics.jsonl", "export.json", "loss.png", "README.md", "run.lock.json", "recipe.yaml"):
         (run.path / entry).unlink(missing_ok=True)
 
 
-def check_disk(folder: Path, *, trained: int, parameters: int, checkpoints: int, merged_bytes: int) -> None:
+def check_disk(
+    folder: Path, *, trained: int, parameters: int, checkpoints: int, merged_bytes: int, base_bytes: int = 0
+) -> None:
     """Refuses a run that cannot be stored.
 
     trained and parameters: counts of trainable and of all weights; checkpoints: how many will be kept at once;
-    merged_bytes: bytes per weight of the merged export, 0 for none. Raises MachineFault with the estimate.
+    merged_bytes: bytes per weight of the merged export, 0 for none; base_bytes: bytes of a base that the run makes.
+    Raises MachineFault with the estimate.
     """
     per_checkpoint = trained * (4 + ADAM_BYTES)
-    need = checkpoints * per_checkpoint + trained * 4 + parameters * merged_bytes + 16 * 2**20
+    need = base_bytes + checkpoints * per_checkpoint + trained * 4 + parameters * merged_bytes + 16 * 2**20
     existing = folder
     while not existing.exists():
         existing = existing.parent
@@ -62,7 +65,8 @@ def check_disk(folder: Path, *, trained: int, parameters: int, checkpoints: int,
     if free < need:
         raise MachineFault(
             f"the run needs about {need / 2**30:.1f} GiB ({checkpoints} checkpoints of "
-            f"{per_checkpoint / 2**30:.2f} GiB, adapter, merged model) and {free / 2**30:.1f} GiB are free",
+            f"{per_checkpoint / 2**30:.2f} GiB, adapter, merged model{', new base' if base_bytes else ''}) "
+            f"and {free / 2**30:.1f} GiB are free",
             where=str(existing),
             hint="free some space, set output_dir to another disk, or raise training.save_every",
         )

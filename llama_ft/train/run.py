@@ -5,29 +5,25 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import set_seed
+from transformers import TrainerCallback
 
-from llama_ft.adapters.lora import attach_lora
 from llama_ft.data.batches import PackedCollator, PaddedCollator
 from llama_ft.data.prepare import Prepared, prepare_data
 from llama_ft.errors import UserError
 from llama_ft.export.run import Export, export_run
 from llama_ft.files import write_json, write_text
-from llama_ft.llama.base import locate_base
-from llama_ft.llama.load import DTYPES, choose_compute_dtype, load_model
+from llama_ft.llama.load import DTYPES
 from llama_ft.recipe import dump
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.adapter import save_adapter, save_full
+from llama_ft.train.base import Base, Loaded, load_for_training, open_base, write_base
 from llama_ft.train.checks import (
     check_disk,
     check_launch,
@@ -41,15 +37,6 @@ from llama_ft.train.progress import Metrics, ProgressLine, StopCleanly, plot_los
 from llama_ft.train.report import print_report
 from llama_ft.train.samples import Samples
 from llama_ft.train.trainer import LlamaTrainer, micro_batch_and_accumulation, training_arguments
-
-
-@dataclass
-class Loaded:
-    """A model ready to train, and the types it is held in."""
-
-    model: PreTrainedModel | PeftModel
-    base_folder: Path
-    compute_dtype: torch.dtype
 
 
 def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()) -> Run:
@@ -75,28 +62,25 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     lock = run.lock if step else {}
     if lock.get("world_size") == state.num_processes:  # `auto` was resolved once
         micro_batch, accumulation = lock["micro_batch"], lock["accumulation"]
-    loaded = load_for_training(recipe, state.device, lock.get("compute_dtype"))
-    check_vocabulary(len(prepared.tokenizer), loaded.model.config.vocab_size)
-    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in loaded.model.parameters())
+    base = open_base(recipe, run, prepared.tokenizer, resume=step is not None)
     documents = len(prepared.train)
-    steps_per_epoch = math.ceil(documents / recipe.training.global_batch)
-    steps = recipe.training.max_steps or math.ceil(steps_per_epoch * recipe.training.epochs)
-    export_dtype = DTYPES[recipe.export.dtype or recipe.model.dtype]
-    check_disk(
-        run.path,
-        trained=trained,
-        parameters=everything,
-        checkpoints=max(1, steps // recipe.training.save_every),
-        merged_bytes=export_dtype.itemsize if recipe.export.merged else 0,
-    )
+    check_storage(base, run, documents, fresh=step is None)
+    if base.new and step is None:
+        if state.is_main_process:
+            clear_run_folder(run)
+            with disk_faults(run):
+                write_base(base, prepared.tokenizer)
+        state.wait_for_everyone()
+    loaded = load_for_training(base, state.device, lock.get("compute_dtype"))
     arguments = training_arguments(recipe, run, micro_batch, accumulation, has_eval=prepared.eval is not None)
     if state.is_main_process and step is None:
-        clear_run_folder(run)
+        if not base.new:  # nothing of an earlier run is deleted before this one is known to start
+            clear_run_folder(run)
         write_text(run.recipe_file, dump(recipe))
-        write_json(run.lock_file, lock_contents(recipe, prepared, loaded, state, micro_batch, accumulation))
+        write_json(run.lock_file, lock_contents(base, prepared, loaded, state, micro_batch, accumulation))
+    everything = base.parameters if base.full else base.parameters + base.trained
     console.print(
-        f"{recipe.name}: {documents:,} documents, {trained:,} of {everything:,} weights trained, global batch "
+        f"{recipe.name}: {documents:,} documents, {base.trained:,} of {everything:,} weights trained, global batch "
         f"{recipe.training.global_batch} = {micro_batch} × {accumulation} × {state.num_processes}, "
         f"{str(loaded.compute_dtype).removeprefix('torch.')} on {state.device.type} "
         f"({torch.get_num_threads()} threads)",
@@ -145,37 +129,19 @@ def train_until_done_or_stopped(
         progress.close()
 
 
-def load_for_training(recipe: Recipe, device: torch.device, compute_dtype: str | None) -> Loaded:
-    """The base model with its adapter (or with all weights trainable), seeded, in the type it will compute in.
-
-    `compute_dtype` is the locked type of a run that is resumed; None chooses one for this machine.
-    """
-    dtype = DTYPES[recipe.model.dtype]
-    folder = locate_base(recipe.model.base, recipe.model.revision)
-    full = recipe.adapter.method == "full"
-    if compute_dtype is not None:
-        compute = DTYPES[compute_dtype]
-    else:
-        # Full tuning needs float32 masters: an update of 1e-5 is lost in a 16-bit weight.
-        compute = torch.float32 if full else choose_compute_dtype(dtype, device)
-    model = load_model(
-        folder, torch.float32 if full else dtype, compute_dtype=compute, rope_scaling=recipe.model.rope_scaling
+def check_storage(base: Base, run: Run, documents: int, *, fresh: bool) -> None:
+    """Refuses a run that the disk has no room for; a run that is resumed has its base already."""
+    recipe = base.recipe
+    steps_per_epoch = math.ceil(documents / recipe.training.global_batch)
+    steps = recipe.training.max_steps or math.ceil(steps_per_epoch * recipe.training.epochs)
+    check_disk(
+        run.path,
+        trained=base.trained,
+        parameters=base.parameters,
+        checkpoints=max(1, steps // recipe.training.save_every),
+        merged_bytes=DTYPES[recipe.export.dtype or recipe.model.dtype].itemsize if recipe.export.merged else 0,
+        base_bytes=base.written if fresh else 0,
     )
-    model.config.use_cache = False
-    set_seed(recipe.training.seed)
-    if full:
-        return Loaded(model, folder, compute)
-    return Loaded(attach_lora(model, recipe.adapter), folder, compute)
-
-
-def check_vocabulary(tokenizer: int, model: int) -> None:
-    """Refuses a tokenizer with ids that the embedding does not have."""
-    if tokenizer > model:
-        raise UserError(
-            f"the tokenizer has {tokenizer:,} tokens and the base model {model:,}",
-            key="model.tokenizer",
-            hint="use the base model's own tokenizer",
-        )
 
 
 def use_physical_cores(state: PartialState) -> None:
@@ -209,14 +175,16 @@ def trackers(recipe: Recipe, run: Run) -> list[TrainerCallback]:
 
 
 def lock_contents(
-    recipe: Recipe, prepared: Prepared, loaded: Loaded, state: PartialState, micro_batch: int, accumulation: int
+    base: Base, prepared: Prepared, loaded: Loaded, state: PartialState, micro_batch: int, accumulation: int
 ) -> dict:
     """See llama_ft.train.lock."""
+    recipe = base.recipe
     return {
         "name": recipe.name,
         "seed": recipe.training.seed,
         "base": recipe.model.base,
-        "base_folder": str(loaded.base_folder),
+        "base_folder": str(base.folder),
+        "init": "random" if base.new else "pretrained",
         "revision": recipe.model.revision,
         "compute_dtype": str(loaded.compute_dtype).removeprefix("torch."),
         "documents": len(prepared.train),

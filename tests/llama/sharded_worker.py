@@ -1,6 +1,6 @@
 """One rank of tests/llama/test_sharded.py: a sharded model must give the loss and gradients of the whole one.
 
-    torchrun --nproc_per_node 2 -m tests.llama.sharded_worker {fsdp2|zero3} {full|tied|lora}
+torchrun --nproc_per_node 2 -m tests.llama.sharded_worker {fsdp2|zero3} {full|tied|lora}
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from llama_ft.recipe.schema import Adapter
 from tests.llama.conftest import SHAPES
 
 ONE_BY_ONE = {
-    "attention": Fast(elementwise=False, head=False, labelled_rows=False),
+    "attention": Fast(elementwise="plain", head=False, labelled_rows=False),
     "elementwise": Fast(attention="plain", head=False, labelled_rows=False),
-    "head": Fast(attention="plain", elementwise=False, labelled_rows=False),
-    "labelled_rows": Fast(attention="plain", elementwise=False, head=False),
-    "labelled_rows_and_attention": Fast(elementwise=False, head=False),
+    "head": Fast(attention="plain", elementwise="plain", labelled_rows=False),
+    "labelled_rows": Fast(attention="plain", elementwise="plain", head=False),
+    "labelled_rows_and_attention": Fast(elementwise="plain", head=False),
     "all": Fast(),
 }
 # Documents of one token, of two, a long one; the labels of each case as (first, last) per document, or none.

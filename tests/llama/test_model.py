@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -228,3 +230,61 @@ def test_real_model(smollm2):
     answer = ours.generate(**prompt, **settings)
     assert torch.equal(answer, reference.generate(**prompt, **settings))
     assert "The capital of France is Paris." in tokenizer.decode(answer[0])
+
+
+TEXTS = (
+    "Attention is computed per document. La Tour Eiffel est à Paris; 東京は日本の首都です。 def f(x): x**2",
+    "Give three tips for staying healthy. 1. Eat a balanced diet. 2. Exercise. 3. Sleep enough.",
+)
+
+
+def test_real_model_gradients_equal(smollm2):
+    """SmolLM2-135M, two documents packed: every weight's gradient against eager transformers on each alone."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    documents = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
+    reference = LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation="eager")
+    expected = 0.0
+    for document in documents:
+        loss = reference(document, labels=document).loss * (document.shape[1] - 1)
+        loss.backward()
+        expected += loss.item()
+    ours = load_model(smollm2, torch.float32)
+    row, ends = torch.cat(documents, dim=1), [0, documents[0].shape[1], sum(d.shape[1] for d in documents)]
+    loss = ours(row, labels=row, cu_seqlens=ends, num_items_in_batch=1).loss
+    loss.backward()
+    assert abs(loss.item() - expected) <= 1e-5 * expected
+    for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.9999, name
+        assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm(), name
+
+
+def test_bfloat16_differs_no_more_than_transformers_own(smollm2, real_data):
+    """Logits and input gradients in bfloat16 are as near to float32 as transformers' bfloat16 is.
+
+    Over eight real answers; transformers' own two attentions differ from each other by 7 % in this measure, so ours is
+    held to the worse of them with 5 % on top.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = json.loads((real_data / "instruct" / "alpaca_5000.json").read_text())
+    texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows[:80] if len(row["output"]) > 200][
+        :8
+    ]
+    documents = [tokenizer(text, return_tensors="pt").input_ids[:, :200] for text in texts]
+    eager, sdpa = {"attn_implementation": "eager"}, {"attn_implementation": "sdpa"}
+    seen = []
+    for model in (
+        LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32, **eager),
+        LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, **eager),
+        LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, **sdpa),
+        load_model(smollm2, torch.bfloat16),
+    ):
+        logits, gradients = [], []
+        for document in documents:
+            with torch.no_grad():
+                logits.append(model(document).logits.float().flatten())
+            embeds = model.get_input_embeddings()(document).detach().requires_grad_()
+            model(inputs_embeds=embeds, labels=document).loss.backward()
+            gradients.append(embeds.grad.float().flatten())
+        seen.append((torch.cat(logits), torch.cat(gradients)))
+    for exact, *theirs, ours in zip(*seen, strict=True):
+        assert (ours - exact).norm() <= 1.05 * max((other - exact).norm() for other in theirs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from llama_ft.llama import head
 from llama_ft.llama.head import linear_cross_entropy, linear_cross_entropy_plain, shift_labels
 from llama_ft.llama.load import choose_compute_dtype, load_model
 from llama_ft.llama.model import LlamaForCausalLM
-from llama_ft.llama.ops import rms_norm, swiglu
+from llama_ft.llama.ops import ELEMENTWISE, rms_norm, swiglu
 from llama_ft.llama.rope import RotaryEmbedding, rotate, rotate_
 from tests.llama.conftest import LLAMA_31_ROPE, SHAPES
 
@@ -155,3 +157,22 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match="gpt2"):
         load_model(tmp_path, torch.float32)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_norm_and_swiglu_equal_their_twins_and_compile_once():
+    """Any number of tokens after the first: no second compilation, in training as in evaluation."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for tokens in (7, 64, 129, 33):
+        results = []
+        for name in ("compiled", "plain"):
+            norm, swiglu_ = ELEMENTWISE[name]
+            torch.manual_seed(tokens)
+            x, weight = torch.randn(tokens, 32, requires_grad=True), torch.rand(32, requires_grad=True)
+            y = swiglu_(norm(x, weight, 1e-5))
+            y.square().sum().backward()
+            results.append((y.detach(), x.grad, weight.grad))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -42,7 +42,7 @@ def test_paths_are_absolute_so_the_file_means_the_same_anywhere(
     (work / "card.yaml").write_text("source: {files: {train: rows.jsonl}}\n")
     (work / "launch.yaml").write_text("distributed_type: 'NO'\nuse_cpu: true\n")
     (work / "r.yaml").write_text(
-        "name: x\nmodel: {base: ./model, rope_scaling: {rope_type: linear, factor: 2.0, list: [1, 'no'], n: null}}\n"
+        "name: x\nmodel: {base: ./model, rope_scaling: {rope_type: yarn, factor: 2, truncate: false, mscale: null}}\n"
         "data: [{path: rows.jsonl, layout: alpaca}, {use: ./card.yaml}, {use: llama-qa, path: rows.jsonl}]\n"
         "eval_data: [{use: llama-qa, split: heldout}]\ntemplate: t.jinja\nlaunch: launch.yaml\n"
         "adapter: {method: full}\ntraining: {epochs: 0.5, learning_rate: 1e-05}\n"
@@ -57,7 +57,8 @@ def test_paths_are_absolute_so_the_file_means_the_same_anywhere(
     assert [source.path for source in again.data] == [str(work / "rows.jsonl"), None, str(work / "rows.jsonl")]
     assert again.data[1].use == str(work / "card.yaml")
     assert again.launch == str(work / "launch.yaml")
-    assert again.model.rope_scaling == {"rope_type": "linear", "factor": 2.0, "list": [1, "no"], "n": None}
+    assert again.model.rope_scaling is not None
+    assert again.model.rope_scaling.parameters() == {"rope_type": "yarn", "factor": 2.0, "truncate": False}
 
 
 @pytest.mark.parametrize("text", STRINGS)

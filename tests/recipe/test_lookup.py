@@ -130,13 +130,13 @@ CASES = {
         SMOLLM2,
         "base: gpt2",
         "2:15: model.base: no such base model 'gpt2' — a hub id is org/name, a path starts with ./; "
-        "or smollm2-135m, preset:tiny, preset:llama-2-7b",
+        "or smollm2-135m, preset:NAME (llama-ft models lists them)",
     ),
     "base with spaces": (
         SMOLLM2,
         "base: meta llama/x",
         "2:15: model.base: no such base model 'meta llama/x' — a hub id is org/name, a path starts with ./; "
-        "or smollm2-135m, preset:tiny, preset:llama-2-7b",
+        "or smollm2-135m, preset:NAME (llama-ft models lists them)",
     ),
     "preset": (
         SMOLLM2,
@@ -157,7 +157,8 @@ CASES = {
     "a file for a base": (
         SMOLLM2,
         "base: ./rows.jsonl",
-        "2:15: model.base: './rows.jsonl' is a file, a folder or a .gguf file is needed — name the model's folder",
+        "2:15: model.base: './rows.jsonl' is a file, a folder or a checkpoint file is needed"
+        " — name the model's folder, or a file that ends in .gguf, .bin, .pth, .pt",
     ),
     "tokenizer": (
         SMOLLM2,

@@ -1,0 +1,175 @@
+"""What a run starts from: a model folder as it is, or new weights that the run makes and keeps in its own base/.
+
+New weights (`preset:NAME`, or `model.init: random`) become a folder like any other, so that an adapter on them is
+merged, proven, resumed and opened by plain transformers just as one on a published model. Full tuning needs no copy of
+where it began: there base/ holds config and tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.trainer_utils import set_seed
+
+from llama_ft.adapters.lora import attach_lora, target_modules
+from llama_ft.errors import UserError
+from llama_ft.files import publish
+from llama_ft.llama.base import locate_base
+from llama_ft.llama.context import context_length, original_context, scale_rope
+from llama_ft.llama.init import initial_weights, resize_embeddings, weight_shapes
+from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype, load_config, load_model
+from llama_ft.llama.shapes import PRESETS, Shape
+from llama_ft.llama.shards import write_model
+from llama_ft.recipe.rope import too_long
+from llama_ft.recipe.run import Run
+from llama_ft.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a run starts. `vocabulary`: rows of the embedding that is trained; `new`: the run makes the weights."""
+
+    recipe: Recipe
+    folder: Path
+    config: LlamaConfig
+    vocabulary: int
+    new: bool
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight is trained, and not an adapter."""
+        return self.recipe.adapter.method == "full"
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the base, rows for added tokens included."""
+        return self._shape.parameters
+
+    @property
+    def trained(self) -> int:
+        """Weights that training changes."""
+        adapter = self.recipe.adapter
+        return self.parameters if self.full else self._shape.lora_parameters(adapter.r, target_modules(adapter.targets))
+
+    @property
+    def written(self) -> int:
+        """Bytes of weights that go into the run's base/."""
+        return self.parameters * DTYPES[self.recipe.model.dtype].itemsize if self.new and not self.full else 0
+
+    @property
+    def _shape(self) -> Shape:
+        return Shape.of_config({**self.config.to_dict(), "vocab_size": self.vocabulary})
+
+
+def open_base(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerFast, *, resume: bool = False) -> Base:
+    """Finds what a run starts from, or decides what it will make, and checks that tokenizer and recipe fit it.
+
+    No weights are read. Raises UserError when the base cannot be reached, does not read documents that long, or has
+    fewer tokens than the tokenizer where only an adapter is trained; when a run that is resumed has lost its base/.
+    """
+    new = recipe.model.starts_new
+    if new:
+        folder, config = run.base, _new_config(recipe, tokenizer)
+    else:
+        folder = locate_base(recipe.model.base, recipe.model.revision)
+        config = load_config(folder)
+    if resume and new and not (folder / "config.json").is_file():
+        raise UserError(f"the run's own base is gone: there is no {folder}", hint="start again with --overwrite")
+    scaling = recipe.model.rope_scaling
+    # A preset without scaling has just taken its context from the recipe.
+    fault = too_long(
+        recipe.model.base,
+        recipe.sequence.max_length,
+        scaling.parameters() if scaling is not None else None,
+        original_context(config),
+        context_length(config),
+    )
+    if fault is not None:
+        raise UserError(fault[0], key="sequence.max_length", hint=fault[1])
+    if scaling is not None:
+        scale_rope(config, scaling, recipe.sequence.max_length)
+    vocabulary = max(config.vocab_size, len(tokenizer))
+    if vocabulary > config.vocab_size and recipe.adapter.method != "full":
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the base model {config.vocab_size:,}",
+            key="model.tokenizer",
+            hint="use the base model's own tokenizer; adapter: {method: full} can learn new tokens, an adapter cannot",
+        )
+    return Base(recipe, folder, config, vocabulary, new)
+
+
+def _new_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """A preset's config with the tokenizer's vocabulary and the recipe's context, or the config of the named base."""
+    model = recipe.model
+    if model.base.startswith("preset:"):
+        shape = PRESETS[model.base.removeprefix("preset:")]
+        context = recipe.sequence.max_length if model.rope_scaling is None else None
+        config = LlamaConfig(**shape.config_dict(vocabulary=len(tokenizer), context=context))
+    else:
+        config = load_config(locate_base(model.base, model.revision, weights=False))
+        if model.tokenizer is None:
+            return config
+        config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return config
+
+
+def write_base(base: Base, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Writes a new base's folder, whole or not at all: config, tokenizer, and the weights unless all will be trained.
+
+    One tensor is in memory at a time. OSError when the disk refuses.
+    """
+    recipe, dtype = base.recipe, DTYPES[base.recipe.model.dtype]
+    aside = base.folder.with_name(f".{base.folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    config = LlamaConfig.from_dict(base.config.to_dict())
+    config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
+    config.save_pretrained(aside)
+    tokenizer.save_pretrained(str(aside))
+    if not base.full:
+        write_model(aside, weight_shapes(config), dtype, initial_weights(config, recipe.training.seed))
+    publish(aside, base.folder)
+
+
+@dataclass
+class Loaded:
+    """A model ready to train, and the type it is held in."""
+
+    model: PreTrainedModel | PeftModel
+    compute_dtype: torch.dtype
+
+
+def load_for_training(base: Base, device: torch.device, compute_dtype: str | None) -> Loaded:
+    """The base model with its adapter (or with all weights trainable), seeded, in the type it will compute in.
+
+    `compute_dtype` is the locked type of a run that is resumed; None chooses one for this machine.
+    """
+    recipe = base.recipe
+    dtype = DTYPES[recipe.model.dtype]
+    if compute_dtype is not None:
+        compute = DTYPES[compute_dtype]
+    else:
+        # Full tuning needs float32 masters: an update of 1e-5 is lost in a 16-bit weight.
+        compute = torch.float32 if base.full else choose_compute_dtype(dtype, device)
+    if base.new and base.full:
+        model = build_random(base.config, recipe.training.seed)
+    else:
+        model = load_model(
+            base.folder,
+            torch.float32 if base.full else dtype,
+            compute_dtype=compute,
+            rope_scaling=recipe.model.rope_scaling,
+            max_length=recipe.sequence.max_length,
+        )
+    if base.vocabulary > base.config.vocab_size:
+        resize_embeddings(model, base.vocabulary)
+    model.config.use_cache = False
+    set_seed(recipe.training.seed)
+    return Loaded(model if base.full else attach_lora(model, recipe.adapter), compute)
