@@ -4,8 +4,8 @@
 
 SPEC: {"model", "documents" (jsonl of input_ids and labels, in training order), "variant", "steps", "micro_batch",
 "accumulation", "learning_rate", "seed", "method", "r", "alpha", "threads", "out"}. Writes {"steps": [{"seconds",
-"tokens", "labelled", "loss"}], "start_up_seconds"} to `out`. Nothing of llama_ft is imported: this is what a user of TRL
-runs.
+"tokens", "labelled", "loss"}], "start_up_seconds"} to `out`. Nothing of llama_ft is imported: it is what users of TRL
+run.
 """
 
 from __future__ import annotations

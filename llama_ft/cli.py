@@ -130,7 +130,7 @@ def import_(
 ) -> None:
     """Convert Meta's, llama2.c's, GGUF or HF weights, checked tensor by tensor, to Hugging Face's layout."""
     with user_facing(debug=debug):
-        from llama_ft.llama.checkpoint import import_named
+        from llama_ft.llama.checkpoints.door import import_named
 
         import_named(source, dest, dtype=dtype, overwrite=overwrite)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama_ft.errors import MachineFault, Problem, UserError
 from llama_ft.files import publish
-from llama_ft.llama.shards import SHARD_BYTES, Stored, stored_tensors, total_bytes, write_model
+from llama_ft.llama.checkpoints.shards import SHARD_BYTES, Stored, stored_tensors, total_bytes, write_model
 
 # What may be said in adapter_config.json without changing the formula. Every other entry must be empty: a variant that
 # a later PEFT invents is refused too, instead of being merged as if it were plain LoRA.

@@ -29,8 +29,8 @@ from llama_ft.export.table import print_proof
 from llama_ft.export.tolerance import TOLERANCES, judge
 from llama_ft.export.trained import base_folder, check_live, check_scale, full_model, newest_weights, read_back
 from llama_ft.files import publish, write_json
+from llama_ft.llama.checkpoints.shards import stored_tensors
 from llama_ft.llama.load import DTYPES, load_config
-from llama_ft.llama.shards import stored_tensors
 from llama_ft.recipe.run import Run
 
 STAGED = ".merged.new"

@@ -69,7 +69,7 @@ def _converted(source: Path, *, weights: bool) -> Path:
     but reading 130 GB at every start only to find that nothing changed costs minutes. Without `weights` (for a preview)
     config and tokenizer alone are made, unless the whole is there already.
     """
-    from llama_ft.llama.checkpoint import import_checkpoint
+    from llama_ft.llama.checkpoints.door import import_checkpoint
 
     stated = "\n".join(f"{file}\t{file.stat().st_size}\t{file.stat().st_mtime_ns}" for file in _ingredients(source))
     key = hashlib.sha256(f"{CONVERSION}\n{source}\n{stated}".encode()).hexdigest()[:16]

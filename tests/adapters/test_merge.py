@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from llama_ft.adapters import merge as merge_module
 from llama_ft.adapters.merge import merge_adapter, read_lora
 from llama_ft.errors import MachineFault, UserError
-from llama_ft.llama.shards import plan_shards, stored_tensors, write_model
+from llama_ft.llama.checkpoints.shards import plan_shards, stored_tensors, write_model
 from tests.tiny_run import make_base
 
 F32 = {"base_dtype": torch.float32, "dtype": torch.float32}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_ft.llama.checkpoint import import_checkpoint
+from llama_ft.llama.checkpoints.door import import_checkpoint
 from llama_ft.llama.context import context_length
 from llama_ft.llama.load import load_model
 from llama_ft.llama.model import LlamaForCausalLM

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from llama_ft.cli import app
 from llama_ft.errors import MachineFault, UserError
-from llama_ft.llama import progress
 from llama_ft.llama.base import locate_base
-from llama_ft.llama.checkpoint import import_checkpoint, open_checkpoint
+from llama_ft.llama.checkpoints import progress
+from llama_ft.llama.checkpoints.door import import_checkpoint, open_checkpoint
 from llama_ft.recipe import load_recipe
 from tests.llama.formats import state_of, tiny_llama, write_gguf, write_llama2c, write_meta
 from tests.tiny_run import make_base

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_ft.errors import UserError
-from llama_ft.llama.checkpoint import import_checkpoint
-from llama_ft.llama.gguf_config import llama3_scaling
+from llama_ft.llama.checkpoints.door import import_checkpoint
+from llama_ft.llama.checkpoints.gguf_config import llama3_scaling
 from llama_ft.tokenizer.load import load_tokenizer
 from tests.llama.formats import gguf_state, halves_to_pairs, state_of, tiny_llama, write_gguf
 

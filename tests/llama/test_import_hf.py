@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from llama_ft.errors import UserError
-from llama_ft.llama.checkpoint import import_checkpoint
-from llama_ft.llama.shards import INDEX
+from llama_ft.llama.checkpoints.door import import_checkpoint
+from llama_ft.llama.checkpoints.shards import INDEX
 from tests.tiny_run import make_base
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

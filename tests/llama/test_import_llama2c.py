@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama_ft.errors import UserError
-from llama_ft.llama.checkpoint import import_checkpoint
+from llama_ft.llama.checkpoints.door import import_checkpoint
 from llama_ft.llama.load import load_model
 from llama_ft.tokenizer.load import load_tokenizer
 from tests.llama.formats import PARAMS, meta_logits, meta_state, quantise_q80, state_of, tiny_llama, write_llama2c

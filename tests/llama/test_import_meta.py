@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama_ft.errors import UserError
-from llama_ft.llama.checkpoint import import_checkpoint
+from llama_ft.llama.checkpoints.door import import_checkpoint
 from llama_ft.llama.load import load_model
 from tests.llama.formats import PARAMS, meta_logits, state_of, tiny_llama, write_meta
 
@@ -358,7 +358,7 @@ def test_other_pickles_are_refused_by_what_they_hold(tmp_path):
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from llama_ft.llama import checkpoint, meta  # what they import is not the import's own memory
+from llama_ft.llama.checkpoints import door, meta  # what they import is not the import's own memory
 import transformers, torch
 torch.set_num_threads(1)
 def held(key):
@@ -373,7 +373,7 @@ before, peak, running = held("RssAnon"), 0, True
 whole = held("VmRSS")
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-checkpoint.import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))
+door.import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))
 running = False
 thread.join()
 print(peak - before, held("VmHWM") - whole)

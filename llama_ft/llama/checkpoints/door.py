@@ -19,9 +19,9 @@ from torch import Tensor
 
 from llama_ft.errors import MachineFault, Problem, UserError, did_you_mean
 from llama_ft.files import publish
-from llama_ft.llama.layout import DTYPES, Weights, file_problem
-from llama_ft.llama.progress import with_progress
-from llama_ft.llama.shards import SHARD_BYTES, total_bytes, write_model
+from llama_ft.llama.checkpoints.layout import DTYPES, Weights, file_problem
+from llama_ft.llama.checkpoints.progress import with_progress
+from llama_ft.llama.checkpoints.shards import SHARD_BYTES, total_bytes, write_model
 
 FORMATS = "HF safetensors, Meta's consolidated.NN.pth with params.json, llama2.c's .bin, GGUF"
 _CHUNK = 1 << 24
@@ -115,17 +115,17 @@ def open_checkpoint(source: Path) -> Weights:
         head = file.read(8)
     suffix = source.suffix.lower()
     if head.startswith(_GGUF) or suffix == ".gguf":
-        from llama_ft.llama.gguf import open_gguf
+        from llama_ft.llama.checkpoints.gguf import open_gguf
 
         return open_gguf(source)
     if suffix == ".safetensors" or source.name in ("config.json", "model.safetensors.index.json"):
         return _open_folder(source.parent)
     if head.startswith((_ZIP, _PICKLE)) or suffix in (".pth", ".pt"):
-        from llama_ft.llama.meta import open_meta
+        from llama_ft.llama.checkpoints.meta import open_meta
 
         return open_meta(source)
     if suffix == ".bin":
-        from llama_ft.llama.llama2c import open_llama2c
+        from llama_ft.llama.checkpoints.llama2c import open_llama2c
 
         return open_llama2c(source)
     raise UserError("is no checkpoint that can be read", where=str(source), hint=f"formats: {FORMATS}")
@@ -133,11 +133,11 @@ def open_checkpoint(source: Path) -> Weights:
 
 def _open_folder(folder: Path) -> Weights:
     if (folder / "config.json").exists():
-        from llama_ft.llama.hf import open_hf
+        from llama_ft.llama.checkpoints.hf import open_hf
 
         return open_hf(folder)
     if any(folder.glob("consolidated*.pth")):
-        from llama_ft.llama.meta import open_meta
+        from llama_ft.llama.checkpoints.meta import open_meta
 
         return open_meta(folder)
     names = sorted(path.name for path in folder.iterdir())

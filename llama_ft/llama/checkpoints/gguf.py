@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from torch import Tensor
 
 from llama_ft.errors import Problem, UserError
-from llama_ft.llama.gguf_config import config_of, metadata_of
-from llama_ft.llama.layout import (
+from llama_ft.llama.checkpoints.gguf_config import config_of, metadata_of
+from llama_ft.llama.checkpoints.layout import (
     Names,
     Weights,
     config_problems,

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from llama_ft.errors import Problem, UserError
-from llama_ft.llama.layout import Weights, config_problems, ends_of_text, file_problem, llama_shapes, pairs_to_halves
+from llama_ft.llama.checkpoints.layout import (
+    Weights,
+    config_problems,
+    ends_of_text,
+    file_problem,
+    llama_shapes,
+    pairs_to_halves,
+)
 
 MAGIC = struct.pack("<I", 0x616B3432)
 """First bytes of v1 and v2 (`ak42`); v0 starts with its header at once."""

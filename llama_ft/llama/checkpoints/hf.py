@@ -11,8 +11,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llama_ft.errors import Problem, UserError
-from llama_ft.llama.layout import Weights, config_problems, file_problem, llama_shapes, read_json, shape_problems
-from llama_ft.llama.shards import INDEX, Stored, stored_tensors
+from llama_ft.llama.checkpoints.layout import (
+    Weights,
+    config_problems,
+    file_problem,
+    llama_shapes,
+    read_json,
+    shape_problems,
+)
+from llama_ft.llama.checkpoints.shards import INDEX, Stored, stored_tensors
 
 COMPANIONS = (
     "generation_config.json",

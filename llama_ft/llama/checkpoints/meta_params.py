@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.errors import Problem
-from llama_ft.llama.layout import LLAMA_3_VOCABULARY, ends_of_text
+from llama_ft.llama.checkpoints.layout import LLAMA_3_VOCABULARY, ends_of_text
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

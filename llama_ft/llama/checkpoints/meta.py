@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llama_ft.errors import Problem, UserError
-from llama_ft.llama.layout import (
+from llama_ft.llama.checkpoints.layout import (
     DTYPES,
     Names,
     Weights,
@@ -32,7 +32,7 @@ from llama_ft.llama.layout import (
     read_json,
     shape_problems,
 )
-from llama_ft.llama.meta_params import config_of, context_of, param_problems, rope_of
+from llama_ft.llama.checkpoints.meta_params import config_of, context_of, param_problems, rope_of
 
 NAMES = Names(
     top={"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"},
