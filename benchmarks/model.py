@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from llama_ft.llama.projections import Project, project, project_each
 from llama_ft.recipe.schema import Adapter
 
 Batch = dict[str, Tensor]
+CPU = torch.device("cpu")
 HF = "transformers + PEFT, padded"
 LADDER: dict[str, tuple[Fast, Project]] = {
     "ours, plain twins": (PLAIN, project_each),
@@ -49,6 +51,16 @@ LADDER: dict[str, tuple[Fast, Project]] = {
     "+ labelled rows (all)": (Fast(), fused_project),
 }
 ALL = "+ labelled rows (all)"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the FLOP of a token depend on besides the model."""
+
+    mean_length: float
+    """s̄ = Σℓ² / Σℓ over document lengths: how many keys a token's attention meets, twice over."""
+    labelled: float
+    """Share of tokens with a label."""
 
 
 class Work:
@@ -65,12 +77,11 @@ class Work:
         self.padded = [PaddedCollator(0)(group) for group in groups]
         lengths = [len(row["input_ids"]) for group in groups for row in group]
         self.tokens = sum(lengths)
-        self.mean_length = sum(length**2 for length in lengths) / self.tokens
-        """s̄ = Σℓ² / Σℓ: how many keys a token's attention meets, twice over."""
-        self.labelled = sum(int((batch["labels"] != -100).sum()) for batch in self.packed) / self.tokens
+        labelled = sum(int((batch["labels"] != -100).sum()) for batch in self.packed)
+        self.shares = Shares(sum(length**2 for length in lengths) / self.tokens, labelled / self.tokens)
 
 
-def flop_per_token(config: LlamaConfig, work: Work, adapter_weights: int | None) -> float:
+def flop_per_token(config: LlamaConfig, shares: Shares, adapter_weights: int | None) -> float:
     """FLOP of one training step per non-pad token, after PERFORMANCE's count of multiply-adds as two.
 
     LoRA: 4·B + 4·f·Hd + 3.5·a + 6·P; full tuning: 6·B + 6·f·Hd + 3.5·a, where B are the weights of the linear layers,
@@ -81,10 +92,10 @@ def flop_per_token(config: LlamaConfig, work: Work, adapter_weights: int | None)
     layer = config.hidden_size * (2 * d_attention + 2 * kv + 3 * config.intermediate_size)
     body = config.num_hidden_layers * layer
     head = config.vocab_size * config.hidden_size
-    attention = 2 * config.num_hidden_layers * d_attention * work.mean_length
+    attention = 2 * config.num_hidden_layers * d_attention * shares.mean_length
     if adapter_weights is None:
-        return 6 * body + 6 * work.labelled * head + 3.5 * attention
-    return 4 * body + 4 * work.labelled * head + 3.5 * attention + 6 * adapter_weights
+        return 6 * body + 6 * shares.labelled * head + 3.5 * attention
+    return 4 * body + 4 * shares.labelled * head + 3.5 * attention + 6 * adapter_weights
 
 
 class Gemm:
@@ -94,28 +105,45 @@ class Gemm:
     model, so that none is in the cache already.
     """
 
-    def __init__(self, config: LlamaConfig, tokens: int, labelled: int, dtype: torch.dtype, copies: int = 4):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        tokens: int,
+        labelled: int,
+        dtype: torch.dtype,
+        copies: int = 4,
+        device: torch.device = CPU,
+    ):
+        self.device = device
         h, i, d = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         layer = [(tokens, h, d + 2 * kv), (tokens, d, h), (tokens, h, 2 * i), (tokens, i, h)]
         self.parts = [(shape, config.num_hidden_layers, copies) for shape in layer]
         self.parts.append(((labelled, h, config.vocab_size), 1, 1))
         self.operands = {
-            (m, k, n): [tuple(torch.randn(shape).to(dtype) for shape in ((m, k), (n, k), (m, n))) for _ in range(count)]
+            (m, k, n): [self._matrices(((m, k), (n, k), (m, n)), dtype) for _ in range(count)]
             for (m, k, n), _, count in self.parts
         }
+
+    def _matrices(self, shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(shape, device=self.device).to(dtype) for shape in shapes)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def rate(self) -> float:
         """FLOP/s over all shapes and orientations, each weighted by how often the model has it."""
         flop = seconds = 0.0
         for (m, k, n), times, _ in self.parts:
             operands = self.operands[m, k, n]
-            start = time.perf_counter()
+            start = self._now()
             for x, weight, grad in operands:
                 torch.mm(x, weight.t())
                 torch.mm(grad, weight)
                 torch.mm(grad.t(), x)
-            seconds += (time.perf_counter() - start) * times / len(operands)
+            seconds += (self._now() - start) * times / len(operands)
             flop += 3 * 2 * m * k * n * times
         return flop / seconds
 
@@ -177,7 +205,7 @@ def ladder(options: argparse.Namespace, dtype_name: str) -> dict[str, Any]:
     ours = found[ALL]
     adapter_weights = sum(w.numel() for w in ours.weights) if options.method == "lora" else None
     tokens = work.tokens // options.batches
-    gemm = Gemm(config, tokens, int(tokens * work.labelled), dtype)
+    gemm = Gemm(config, tokens, int(tokens * work.shares.labelled), dtype)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     rates: list[float] = []
     losses: dict[str, float] = {}
@@ -189,7 +217,7 @@ def ladder(options: argparse.Namespace, dtype_name: str) -> dict[str, Any]:
         print(
             f"{dtype_name} round {number}: {work.tokens / seconds[ALL][-1]:.0f} tokens/s", file=sys.stderr, flush=True
         )
-    flop, limit = flop_per_token(config, work, adapter_weights), statistics.median(rates[1:])
+    flop, limit = flop_per_token(config, work.shares, adapter_weights), statistics.median(rates[1:])
     rows = {}
     for name, times in seconds.items():
         counted = [work.tokens / took for took in times[1:]]  # the first round warms up
@@ -205,7 +233,7 @@ def ladder(options: argparse.Namespace, dtype_name: str) -> dict[str, Any]:
         "gemm_gflops": limit / 1e9,
         "flop_per_token": flop,
         "tokens": work.tokens,
-        "labelled": work.labelled,
+        "labelled": work.shares.labelled,
         "rows": rows,
     }
 

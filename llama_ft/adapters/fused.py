@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from llama_ft.llama.projections import is_bare, project, project_each
+from llama_ft.llama.projections import is_bare, multiplied_in, project, project_each
 
 
 class _FusedLora(torch.autograd.Function):
@@ -89,7 +89,7 @@ def fused_project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     parts: list[tuple[Any, str]] = [(lora, lora.active_adapters[0]) for lora in loras]
     scales = {lora.scaling[name] for lora, name in parts}
     weights = [lora.get_base_layer().weight for lora, _ in parts]
-    if len(scales) != 1 or x.dtype != weights[0].dtype:
+    if len(scales) != 1 or not x.dtype == multiplied_in(x) == weights[0].dtype:  # autocast goes PEFT's way
         return project_each(x, linears)
     factors = [matrix[name].weight for lora, name in parts for matrix in (lora.lora_A, lora.lora_B)]
     return _FusedLora.apply(x, _stacked(weights), scales.pop(), *factors)

@@ -88,25 +88,32 @@ class _RotaryAttentionCPU(torch.autograd.Function):
 class Packed:
     """Attention context of N tokens that are whole documents laid end to end."""
 
-    def __init__(self, bounds: Sequence[int], cos: Tensor, sin: Tensor, heads: Heads, *, kernel: str = "auto"):
+    def __init__(
+        self, bounds: Sequence[int], cos: Tensor, sin: Tensor, heads: Heads, dtype: torch.dtype, *, kernel: str = "auto"
+    ):
         """`bounds`: document borders 0 = b₀ < b₁ < … = N on the host; cos and sin as RotaryEmbedding gives them;
-        `kernel`: a name of kernels.KERNELS. UserError when that kernel cannot run here."""
+        `dtype`: of the projections; `kernel`: a name of kernels.KERNELS. UserError when that kernel cannot run here."""
         self.spans, self.cos, self.sin, self.heads = Spans(bounds), cos, sin, heads
-        self.kernel = choose_kernel(kernel, cos.device, cos.dtype)
+        self.kernel = choose_kernel(kernel, cos.device, dtype)
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         """Stacked projections [N, (H + 2·KV)·D] → attention's output [N, H·D]. May overwrite qkv."""
         if self.kernel == "cpu":
             return _RotaryAttentionCPU.apply(qkv, self.cos, self.sin, self.spans.keys, self.heads)
         q, k, v = self.heads.split(qkv)
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        q, k = self._turned(q, self.cos, self.sin), self._turned(k, self.cos, self.sin)
         return FUNCTIONS[self.kernel](q, k, v, self.spans).flatten(-2)
+
+    @staticmethod
+    def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE in the tables' type, which is wider than the projections' under autocast; back in the projections'."""
+        return rotate(heads, cos, sin).to(heads.dtype)
 
     def attend_rows(self, q: Tensor, kv: Tensor, rows: Rows) -> Tensor:
         """The same for some queries: q [Q, H·D] of `rows`, kv [N, 2·KV·D] of all tokens → [Q, H·D]."""
-        q = rotate(q.unflatten(-1, (-1, self.heads.dim)), self.cos[rows.asking], self.sin[rows.asking])
+        q = self._turned(q.unflatten(-1, (-1, self.heads.dim)), self.cos[rows.asking], self.sin[rows.asking])
         k, v = kv.unflatten(-1, (-1, self.heads.dim)).chunk(2, dim=-2)
-        k = rotate(k, self.cos, self.sin)
+        k = self._turned(k, self.cos, self.sin)
         # One layer of many, and its mask is not the CPU kernel's own causal one.
         function = FUNCTIONS["plain" if self.kernel == "cpu" else self.kernel]
         return function(q, k, v, rows.spans).flatten(-2)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ft.llama.projections import multiplied_in
+
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of one chunk of float32 logits: small beside the weights, hundreds of rows for the GEMM."""
@@ -36,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = multiplied_in(weight)
         with torch.autocast(device, enabled=False):
             h_all, w = hidden.to(dtype), weight.to(dtype)
             chunk = max(1, CHUNK_BYTES["cpu" if device == "cpu" else "cuda"] // (4 * len(w)))

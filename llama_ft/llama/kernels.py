@@ -58,8 +58,8 @@ class Spans:
 Kernel = Callable[[Tensor, Tensor, Tensor, Spans], Tensor]
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that `name` means for tensors of this kind. UserError when it cannot run there.
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, *, training: bool = False) -> str:
+    """The kernel that `name` means for tensors of this kind. UserError when it cannot run there, or not backwards.
 
     `auto`: `cpu` on a CPU; on CUDA `varlen` for 16-bit types, else `plain`.
     """
@@ -74,6 +74,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
         why = f"runs on a CPU, the model is on {device.type}"
     elif name in ("varlen", "flash") and (device.type != "cuda" or dtype not in HALF):
         why = f"needs CUDA and a 16-bit type, the model is {str(dtype).removeprefix('torch.')} on {device.type}"
+    elif name == "flex" and training and device.type == "cpu":
+        why = "has no gradients on a CPU"
     elif name == "flash" and find_spec("flash_attn") is None:
         why = "needs the package flash-attn, which is not installed"
     if why:

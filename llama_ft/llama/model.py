@@ -22,7 +22,7 @@ from llama_ft.llama.fast import FEW_ROWS, Fast
 from llama_ft.llama.head import IGNORE, LossHead, shift_labels
 from llama_ft.llama.ops import ELEMENTWISE
 from llama_ft.llama.packing import Packing
-from llama_ft.llama.projections import Project, project
+from llama_ft.llama.projections import Project, multiplied_in, project
 from llama_ft.llama.rope import RotaryEmbedding
 
 
@@ -91,10 +91,17 @@ class LlamaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
-        # Both products are fresh and nothing keeps them, so the residual may be added in place.
         residual = x if rows is None else x[rows.wanted]
-        x = self.self_attn(self.input_layernorm(x), context, rows).add_(residual)
-        return self.mlp(self.post_attention_layernorm(x)).add_(x)
+        x = add_into(self.self_attn(self.input_layernorm(x), context, rows), residual)
+        return add_into(self.mlp(self.post_attention_layernorm(x)), x)
+
+
+def add_into(product: Tensor, residual: Tensor) -> Tensor:
+    """product + residual; in place where the types agree: products are fresh and nothing keeps them.
+
+    Under autocast a product is 16-bit while the residual stream stays float32.
+    """
+    return product.add_(residual) if product.dtype == residual.dtype else residual + product
 
 
 def heads_of(config: LlamaConfig) -> Heads:
@@ -179,7 +186,7 @@ class LlamaModel(LlamaPreTrainedModel):
         wanted [M], rising token indices: only their hidden state [M, hidden] is asked for.
         """
         cos, sin = self.rotary_emb(positions, x.dtype, bounds)
-        context = Packed(bounds, cos, sin, self.heads, kernel=self.fast.attention)
+        context = Packed(bounds, cos, sin, self.heads, multiplied_in(x), kernel=self.fast.attention)
         if wanted is None:
             return self.run(x, context)
         # Where nearly all is wanted, or nothing, leaving rows out saves nothing.

@@ -17,6 +17,12 @@ from torch import Tensor, nn
 Project = Callable[[Tensor, Sequence[nn.Module]], Tensor]
 
 
+def multiplied_in(x: Tensor) -> torch.dtype:
+    """The type that matrix products of x come in: its own, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def is_bare(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the weight may be read directly: a plain nn.Linear that no engine (ZeRO-3, offload) must fill first."""
     return type(linear) is nn.Linear and not linear._forward_pre_hooks and not linear._forward_hooks

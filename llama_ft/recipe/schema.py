@@ -129,6 +129,8 @@ class Model(Section):
     """How RoPE reaches beyond the base's context; null keeps the base's own."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` starts from fresh weights of the base's shapes, made from training.seed; a preset always does."""
+    attention: Literal["auto", "plain", "cpu", "varlen", "flash", "flex"] = "auto"
+    """Attention kernel of the training; `auto` takes the best that the machine has."""
 
     @property
     def starts_new(self) -> bool:
@@ -215,8 +217,8 @@ class Training(Section):
     """Decoupled weight decay."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient's global norm; 0 switches clipping off."""
-    gradient_checkpointing: StrictBool = False
-    """Recompute activations in the backward pass: less memory, about a quarter slower."""
+    gradient_checkpointing: StrictBool | Literal["selective"] = False
+    """Recompute activations in the backward pass: less memory, more time. `selective` does so in every second layer."""
     seed: Annotated[StrictInt, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of everything random: data order, adapter init, dropout."""
     save_every: PositiveInt = 200

@@ -22,7 +22,9 @@ from llama_ft.files import publish
 from llama_ft.llama.base import locate_base
 from llama_ft.llama.checkpoints.shards import write_model
 from llama_ft.llama.context import context_length, original_context, scale_rope
+from llama_ft.llama.fast import Fast
 from llama_ft.llama.init import initial_weights, resize_embeddings, weight_shapes
+from llama_ft.llama.kernels import choose_kernel
 from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype, load_config, load_model
 from llama_ft.llama.shapes import PRESETS, Shape
 from llama_ft.recipe.rope import too_long
@@ -158,6 +160,8 @@ def load_for_training(base: Base, device: torch.device, compute_dtype: str | Non
     else:
         # Full tuning needs float32 masters: an update of 1e-5 is lost in a 16-bit weight.
         compute = torch.float32 if base.full else choose_compute_dtype(dtype, device)
+    # Full tuning on a GPU multiplies in the recipe's type under autocast, whatever its weights are held in.
+    choose_kernel(recipe.model.attention, device, dtype if device.type == "cuda" else compute, training=True)
     if base.new and base.full:
         model = build_random(base.config, recipe.training.seed)
     else:
@@ -171,5 +175,7 @@ def load_for_training(base: Base, device: torch.device, compute_dtype: str | Non
     if base.vocabulary > base.config.vocab_size:
         resize_embeddings(model, base.vocabulary)
     model.config.use_cache = False
+    model.model.set_fast(Fast(attention=recipe.model.attention))
+    model.model.checkpoint_every = 2 if recipe.training.gradient_checkpointing == "selective" else 1
     set_seed(recipe.training.seed)
     return Loaded(model if base.full else attach_lora(model, recipe.adapter), compute)

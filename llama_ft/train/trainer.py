@@ -41,7 +41,7 @@ def training_arguments(recipe: Recipe, run: Run, micro_batch: int, accumulation:
         optim="adamw_torch_fused",
         weight_decay=float(training.weight_decay),
         max_grad_norm=float(training.max_grad_norm),
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         seed=training.seed,
         # Full tuning keeps float32 master weights and multiplies in the recipe's type on a GPU; an adapter's frozen

@@ -128,6 +128,29 @@ def test_no_gradient_below_the_lowest_adapter():
     assert layers[1].self_attn.q_proj.lora_A["default"].weight.grad.any()
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_fast_paths_under_autocast(lora):
+    """Float32 weights, products in bfloat16: the residual stream stays float32, and nothing meets in two types.
+
+    How precise it is, test_model.py asks of a real model; here a wrong type or scale would show as a factor.
+    """
+    model, inputs = make("llama-2-70b-like", lora=lora), batch("answers at the end")
+    streams = []
+    for layer in llama(model).layers:
+        layer.register_forward_hook(lambda _module, _inputs, out: streams.append(out.dtype))
+    exact = loss_and_gradients(model, inputs)
+    gaps = []
+    for fast, projection in ((PLAIN, project_each), (Fast(), fused_project)):
+        streams.clear()
+        llama(model).set_fast(fast)
+        llama(model).set_project(projection)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, gradients = loss_and_gradients(model, inputs)
+        assert streams == [torch.float32] * 3
+        gaps.append(sum((gradients[name] - exact[1][name]).norm() for name in exact[1]).item() + abs(loss - exact[0]))
+    assert 0 < gaps[1] <= 1.5 * gaps[0]
+
+
 def test_last_layer_computes_labelled_rows_only():
     model, inputs = make("llama-1", lora=True), batch("answers inside, first and last document silent")
     wanted = int((inputs["labels"] != -100).sum())

@@ -104,6 +104,11 @@ def test_a_kernel_that_cannot_run_is_refused(name, device, says):
         choose_kernel(name, torch.device(device), torch.float32)
 
 
+def test_flex_cannot_train_on_a_cpu():
+    with pytest.raises(UserError, match="flex has no gradients on a CPU"):
+        choose_kernel("flex", torch.device("cpu"), torch.float32, training=True)
+
+
 def test_sdpa_without_document_borders_would_differ():
     """The test above can fail: one causal SDPA over all tokens gives something else."""
     q, k, v = tensors(4, 4)

@@ -258,7 +258,8 @@ def test_real_model_gradients_equal(smollm2):
         assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm(), name
 
 
-def test_bfloat16_differs_no_more_than_transformers_own(smollm2, real_data):
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16_differs_no_more_than_transformers_own(smollm2, real_data, how):
     """Logits and input gradients in bfloat16 are as near to float32 as transformers' bfloat16 is.
 
     Over eight real answers; transformers' own two attentions differ from each other by 7 % in this measure, so ours is
@@ -269,22 +270,27 @@ def test_bfloat16_differs_no_more_than_transformers_own(smollm2, real_data):
     texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows[:80] if len(row["output"]) > 200][
         :8
     ]
-    documents = [tokenizer(text, return_tensors="pt").input_ids[:, :200] for text in texts]
-    eager, sdpa = {"attn_implementation": "eager"}, {"attn_implementation": "sdpa"}
-    seen = []
-    for model in (
-        LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32, **eager),
-        LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, **eager),
-        LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, **sdpa),
-        load_model(smollm2, torch.bfloat16),
-    ):
+    documents = [tokenizer(text, return_tensors="pt").input_ids[:, :100] for text in texts]
+    held = torch.bfloat16 if how == "weights" else torch.float32
+
+    def see(model, *, autocast: bool):
         logits, gradients = [], []
         for document in documents:
-            with torch.no_grad():
-                logits.append(model(document).logits.float().flatten())
             embeds = model.get_input_embeddings()(document).detach().requires_grad_()
-            model(inputs_embeds=embeds, labels=document).loss.backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                with torch.no_grad():
+                    logits.append(model(document).logits.float().flatten())
+                loss = model(inputs_embeds=embeds, labels=document).loss
+            loss.backward()
             gradients.append(embeds.grad.float().flatten())
-        seen.append((torch.cat(logits), torch.cat(gradients)))
-    for exact, *theirs, ours in zip(*seen, strict=True):
-        assert (ours - exact).norm() <= 1.05 * max((other - exact).norm() for other in theirs)
+        return torch.cat(logits), torch.cat(gradients)
+
+    def theirs(dtype: torch.dtype, attention: str):
+        return LlamaForCausalLM.from_pretrained(smollm2, dtype=dtype, attn_implementation=attention)
+
+    exact = see(theirs(torch.float32, "eager"), autocast=False)
+    others = [see(theirs(held, attention), autocast=how == "autocast") for attention in ("eager", "sdpa")]
+    found = see(load_model(smollm2, held), autocast=how == "autocast")
+    for which in range(2):
+        worst = max((other[which] - exact[which]).norm() for other in others)
+        assert 0 < (found[which] - exact[which]).norm() <= 1.05 * worst

@@ -56,6 +56,7 @@ def test_losses_equal_a_float32_trl_reference(small_base, real_data, tmp_path):
             "learning_rate": 1e-3,
             "warmup": recipe.training.warmup,
             "seed": recipe.training.seed,
+            "method": "lora",
             "r": 16,
             "alpha": 32,
             "threads": torch.get_num_threads(),
@@ -124,8 +125,9 @@ def curve(base: Path, folder: Path, changes: list[str]) -> list[float]:
         ["training.micro_batch=4"],
         ["sequence.packing=false", "training.micro_batch=4"],
         ["training.gradient_checkpointing=true", "training.micro_batch=8"],
+        ["training.gradient_checkpointing=selective", "model.attention=plain", "training.micro_batch=8"],
     ],
-    ids=["one at a time", "accumulated", "padded", "checkpointed"],
+    ids=["one at a time", "accumulated", "padded", "checkpointed", "selective, plain attention"],
 )
 def test_the_curve_does_not_depend_on_how_the_work_is_cut(small_base, baseline, tmp_path, changes):
     found = curve(small_base, tmp_path, changes)
