@@ -67,7 +67,8 @@ def build(options: argparse.Namespace, device: torch.device) -> Any:
         model.get_base_model().model.checkpoint_every = 2 if "selective" in name else 1
     else:
         settings = {"r": options.rank, "lora_alpha": 2 * options.rank, "target_modules": "all-linear"}
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        model.config.use_cache = False
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings), autocast_adapter_dtype=False)
     if "checkpointed" in name or "selective" in name:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

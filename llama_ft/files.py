@@ -10,15 +10,27 @@ from typing import Any
 
 
 def publish(written: Path, final: Path) -> None:
-    """Gives a finished folder its real name, after its bytes are on the disk; what stood there is replaced."""
+    """Gives a finished folder its real name, after its bytes are on the disk; what stood there is replaced.
+
+    The old one steps aside by a rename and goes last: if anything fails it stands where it stood.
+    """
     for file in [*written.rglob("*"), written]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)
-    written.rename(final)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    try:
+        written.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -100,9 +100,11 @@ def _stacked(weights: Sequence[Tensor]) -> Tensor:
     if len(weights) == 1:
         return weights[0]
     first = weights[0]
-    expected = first.data_ptr()
+    storage, expected = first.untyped_storage().data_ptr(), first.data_ptr()
     for weight in weights:
-        if weight.data_ptr() != expected or not weight.is_contiguous():
+        # Neighbours by chance, each in a storage of its own, are no stack.
+        ours = weight.untyped_storage().data_ptr() == storage and weight.data_ptr() == expected
+        if not ours or not weight.is_contiguous():
             return torch.cat(list(weights))
         expected += weight.numel() * weight.element_size()
     rows = sum(weight.shape[0] for weight in weights)

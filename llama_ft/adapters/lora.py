@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from llama_ft.adapters.fused import fused_project, stack_frozen
 from llama_ft.errors import UserError, did_you_mean
@@ -43,16 +44,27 @@ def lora_config(adapter: Adapter) -> LoraConfig:
     )
 
 
+def stack_projections(model: LlamaForCausalLM) -> None:
+    """Lays the frozen weights of q/k/v, and of gate/up, one after the other, so that one product needs no copy of them.
+
+    To be done again after the model has moved to another device, which gives each weight a storage of its own; not for
+    weights that an engine shards, which stand elsewhere at every step.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            linears = [getattr(linear, "base_layer", linear) for linear in group]
+            if all(type(linear) is nn.Linear for linear in linears):  # quantised weights have no rows to lay out
+                stack_frozen(linears)
+
+
 def attach_lora(model: LlamaForCausalLM, adapter: Adapter) -> PeftModel:
     """A PEFT model around `model`, base frozen, factors in float32 (A random, B zero), computed by the fused product.
 
     The factors' initial values come from torch's global generator: seed it first.
     """
     base_name = model.config.name_or_path
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        stack_frozen((attention.q_proj, attention.k_proj, attention.v_proj))
-        stack_frozen((mlp.gate_proj, mlp.up_proj))
+    stack_projections(model)
     peft_model = get_peft_model(model, lora_config(adapter), autocast_adapter_dtype=True)
     model.model.set_project(fused_project)
     peft_model.peft_config["default"].base_model_name_or_path = base_name

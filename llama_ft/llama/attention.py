@@ -94,7 +94,7 @@ class Packed:
         """`bounds`: document borders 0 = b₀ < b₁ < … = N on the host; cos and sin as RotaryEmbedding gives them;
         `dtype`: of the projections; `kernel`: a name of kernels.KERNELS. UserError when that kernel cannot run here."""
         self.spans, self.cos, self.sin, self.heads = Spans(bounds), cos, sin, heads
-        self.kernel = choose_kernel(kernel, cos.device, dtype)
+        self.kernel = choose_kernel(kernel, cos.device, dtype, heads.dim)
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         """Stacked projections [N, (H + 2·KV)·D] → attention's output [N, H·D]. May overwrite qkv."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +57,13 @@ def locate_base(base: str, revision: str | None = None, *, weights: bool = True)
     return found
 
 
+BESIDE = (
+    "params.json", "tok*.model", "tok*.bin", "tok*.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""What a conversion may read beside the weights."""
+
+
 def _is_foreign(path: Path) -> bool:
     """Whether a base must be converted: a checkpoint file, or a folder in Meta's layout and not in HF's as well."""
     if path.is_dir():
@@ -80,6 +89,8 @@ def _converted(source: Path, *, weights: bool) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):  # by a conversion that was killed
+                shutil.rmtree(left, ignore_errors=True)
             if weights:
                 print(f"converting {source} once into {folder}", file=sys.stderr, flush=True)
             import_checkpoint(source, folder, weights=weights)
@@ -89,9 +100,7 @@ def _converted(source: Path, *, weights: bool) -> Path:
 def _ingredients(source: Path) -> list[Path]:
     """The files a conversion is made from: the weights, what describes them, and every tokenizer it may find beside."""
     folder = source if source.is_dir() else source.parent
-    beside = [
-        path for pattern in ("params.json", "tok*.model", "tok*.bin", "tok*.json") for path in folder.glob(pattern)
-    ]
+    beside = [path for pattern in BESIDE for path in folder.glob(pattern)]
     parts = list(folder.glob("consolidated*.pth")) if source.is_dir() or source.suffix == ".pth" else []
     above = folder.parent / "tokenizer.model"
     files = {*beside, *parts, *([above] if above.is_file() else []), *([source] if source.is_file() else [])}
@@ -113,3 +122,7 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
             key="model.base",
             hint="pickled weights are not read; convert them with save_pretrained(..., safe_serialization=True)",
         )
+    if weights:  # headers alone: a shard that is cut off or missing is found before anything is tokenised
+        from llama_ft.llama.checkpoints.hf import open_hf
+
+        open_hf(folder)

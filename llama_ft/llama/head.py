@@ -99,6 +99,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden [M, h]; weight [V, h]; targets [M], none ignored. Products in the weight's type, or autocast's. Returns a
     float32 scalar; gradients come in the types of hidden and weight.
     """
+    if not torch.is_grad_enabled():  # what needs_input_grad does not know: an evaluation wants no gradient made
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets)
 
 

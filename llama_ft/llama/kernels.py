@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,22 +59,25 @@ class Spans:
 Kernel = Callable[[Tensor, Tensor, Tensor, Spans], Tensor]
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, *, training: bool = False) -> str:
+def choose_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64, *, training: bool = False
+) -> str:
     """The kernel that `name` means for tensors of this kind. UserError when it cannot run there, or not backwards.
 
-    `auto`: `cpu` on a CPU; on CUDA `varlen` for 16-bit types, else `plain`.
+    `auto`: `cpu` on a CPU; on CUDA `varlen` where flash attention runs (16-bit types, compute capability 8.0, heads of
+    a multiple of 8 up to 256 features), else `plain`.
     """
     if name not in KERNELS:
         raise UserError(f"no attention kernel '{name}'", key="model.attention", hint=did_you_mean(name, KERNELS))
     if name == "auto":
         if device.type == "cpu":
             return "cpu"
-        return "varlen" if device.type == "cuda" and dtype in HALF else "plain"
+        return "plain" if _no_flash(device, dtype, head_dim) else "varlen"
     why = None
     if name == "cpu" and device.type != "cpu":
         why = f"runs on a CPU, the model is on {device.type}"
-    elif name in ("varlen", "flash") and (device.type != "cuda" or dtype not in HALF):
-        why = f"needs CUDA and a 16-bit type, the model is {str(dtype).removeprefix('torch.')} on {device.type}"
+    elif name in ("varlen", "flash") and (missing := _no_flash(device, dtype, head_dim)):
+        why = f"needs {missing}"
     elif name == "flex" and training and device.type == "cpu":
         why = "has no gradients on a CPU"
     elif name == "flash" and find_spec("flash_attn") is None:
@@ -81,6 +85,17 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, *, traini
     if why:
         raise UserError(f"attention: {name} {why}", key="model.attention", hint="write attention: auto")
     return name
+
+
+def _no_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What flash attention on CUDA lacks here, or None. An absent card is taken for one that is new enough."""
+    if device.type != "cuda" or dtype not in HALF:
+        return f"CUDA and a 16-bit type, the model is {str(dtype).removeprefix('torch.')} on {device.type}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"an Ampere GPU or a later one, this is {torch.cuda.get_device_name(device)}"
+    if head_dim % 8 or head_dim > 256:
+        return f"heads of a multiple of 8 up to 256 features, these have {head_dim}"
+    return None
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
@@ -119,7 +134,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
 
 def flex(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     """FlexAttention (arXiv 2412.05496). Lengths are rounded up to buckets, so that it compiles a few times only."""
-    n_q, n_k = bucket(len(q)), bucket(len(k))
+    n_k = bucket(len(k))
+    n_q = n_k  # also where few ask: every other pair of sizes would be one more compilation
     mask = spans.once("mask", lambda: _block_mask(spans, n_q, n_k, q.device))
     padded = [F.pad(t, (0, 0, 0, 0, 0, n - len(t))) for t, n in ((q, n_q), (k, n_k), (v, n_k))]
     q_, k_, v_ = (t.transpose(0, 1).unsqueeze(0) for t in padded)
@@ -140,7 +156,9 @@ def bucket(length: int) -> int:
 def _flex_function(compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it holds all scores: right for a test on a CPU, useless for training.
+    # Uncompiled it holds all scores: right for a test on a CPU, useless for training. One compilation per bucket, and
+    # eight buckets per octave: dynamo's own limit of eight would send the rest back to the uncompiled one.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention  # type: ignore[return-value]
 
 

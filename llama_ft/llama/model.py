@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -22,7 +23,7 @@ from llama_ft.llama.fast import FEW_ROWS, Fast
 from llama_ft.llama.head import IGNORE, LossHead, shift_labels
 from llama_ft.llama.ops import ELEMENTWISE
 from llama_ft.llama.packing import Packing
-from llama_ft.llama.projections import Project, multiplied_in, project
+from llama_ft.llama.projections import Project, multiplied_in, project, project_each
 from llama_ft.llama.rope import RotaryEmbedding
 
 
@@ -175,6 +176,10 @@ class LlamaModel(LlamaPreTrainedModel):
         """Blocks and last norm over x [N, hidden]; with `rows`, only the wanted [M, hidden]."""
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
+            if isinstance(layer, FSDPModule):
+                assert isinstance(layer, LlamaDecoderLayer)
+                # A stack would be a copy of weights that FSDP2 frees after the layer, kept alive until backward.
+                layer.self_attn.project = layer.mlp.project = project_each
             x = layer(x, context, rows if number == last else None)
         return self.norm(x)
 
@@ -207,9 +212,9 @@ class LlamaModel(LlamaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, L, hidden] of input_ids [B, L] (or inputs_embeds [B, L, hidden]).
 
-        Without a cache, documents are told apart by `cu_seqlens` ([documents + 1], with B = 1), else by the zeros of
-        position_ids [B, L]; rows of a batch are documents of their own; attention_mask [B, L] marks padding with 0,
-        which is taken out before and returned as zeros. A cache is used only when asked for.
+        Without a cache, documents are told apart by `cu_seqlens` ([documents + 1], with B = 1 and no padding), else by
+        the zeros of position_ids [B, L]; rows of a batch are documents of their own; attention_mask [B, L] marks
+        padding with 0, which is taken out before and returned as zeros. A cache is used only when asked for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")

@@ -25,15 +25,20 @@ class Packing:
         cu_seqlens: Sequence[int] | Tensor | None,
         device: torch.device,
     ) -> Packing:
-        """Reads the layout off whatever the caller gave; see LlamaModel.forward. One host sync at most."""
+        """Reads the layout off whatever the caller gave; see LlamaModel.forward. Host syncs: three at most, once."""
         keep = None
         if cu_seqlens is not None:
-            bounds = [int(bound) for bound in cu_seqlens]
+            if mask is not None and not bool(mask.all()):
+                raise ValueError("cu_seqlens say where documents end: a batch with padding has none")
+            bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [int(bound) for bound in cu_seqlens]
             if bounds[0] != 0 or bounds[-1] != batch * length or any(b <= a for a, b in pairwise(bounds)):
                 raise ValueError(f"cu_seqlens must rise from 0 to {batch * length}, got {bounds}")
         elif mask is not None and not bool(mask.all()):
             keep = mask.flatten().nonzero().squeeze(-1)
             bounds = [0, *accumulate(count for count in mask.sum(-1).tolist() if count)]
+            if position_ids is not None:
+                starts = (position_ids.expand(batch, -1).flatten()[keep] == 0).nonzero().squeeze(-1).tolist()
+                bounds = sorted({*bounds, *starts})
         else:
             bounds = list(range(0, batch * length + 1, length))
             if position_ids is not None:

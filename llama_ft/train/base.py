@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import set_seed
@@ -26,6 +27,7 @@ from llama_ft.llama.fast import Fast
 from llama_ft.llama.init import initial_weights, resize_embeddings, weight_shapes
 from llama_ft.llama.kernels import choose_kernel
 from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype, load_config, load_model
+from llama_ft.llama.model import heads_of
 from llama_ft.llama.shapes import PRESETS, Shape
 from llama_ft.recipe.rope import too_long
 from llama_ft.recipe.run import Run
@@ -160,8 +162,10 @@ def load_for_training(base: Base, device: torch.device, compute_dtype: str | Non
     else:
         # Full tuning needs float32 masters: an update of 1e-5 is lost in a 16-bit weight.
         compute = torch.float32 if base.full else choose_compute_dtype(dtype, device)
+        compute = broadcast_object_list([compute])[0]  # near the threshold, ranks could find differently
     # Full tuning on a GPU multiplies in the recipe's type under autocast, whatever its weights are held in.
-    choose_kernel(recipe.model.attention, device, dtype if device.type == "cuda" else compute, training=True)
+    multiplied = dtype if device.type == "cuda" else compute
+    choose_kernel(recipe.model.attention, device, multiplied, heads_of(base.config).dim, training=True)
     if base.new and base.full:
         model = build_random(base.config, recipe.training.seed)
     else:

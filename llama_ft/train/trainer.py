@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from llama_ft.adapters.lora import stack_projections
 from llama_ft.data.order import document_order
 from llama_ft.errors import UserError
 from llama_ft.files import publish
@@ -91,6 +93,10 @@ class LlamaTrainer(SFTTrainer):
     def __init__(self, *args: Any, run: Run, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(self.model, PeftModel) and self.args.device.type == "cuda" and not sharded:
+            base: Any = self.model.get_base_model()
+            stack_projections(base)  # the trainer has just moved the model to its device
         self.run = run
         self.tokens_seen = 0
         self.labelled_seen = 0

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from llama_ft.adapters import fused
 from llama_ft.adapters.fused import can_fuse, fused_project
-from llama_ft.adapters.lora import attach_lora, target_modules
+from llama_ft.adapters.lora import attach_lora, stack_projections, target_modules
 from llama_ft.errors import UserError
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.llama.projections import project_each
@@ -137,3 +137,30 @@ def test_unknown_target_names_the_nearest():
     with pytest.raises(UserError) as caught:
         target_modules(["q_prj"])
     assert "did you mean 'q_proj'?" in str(caught.value)
+
+
+def test_neighbours_by_chance_are_no_stack():
+    """Weights that lie side by side in storages of their own, as an allocator may place them: copied, never reached."""
+    memory = bytearray(2 * 6 * 4 * 4)
+    numbers = torch.frombuffer(memory, dtype=torch.float32)
+    numbers.copy_(torch.arange(48.0))
+    first, second = (torch.frombuffer(memory, dtype=torch.float32, count=24, offset=at).view(6, 4) for at in (0, 96))
+    assert second.data_ptr() == first.data_ptr() + 96
+    assert torch.equal(fused._stacked([first, second]), torch.arange(48.0).view(12, 4))
+
+
+def test_projections_are_stacked_again_after_a_move():
+    model = adapted(Adapter(r=4))
+    linears = [getattr(body(model).layers[1].mlp, name) for name in ("gate_proj", "up_proj")]
+
+    def copied() -> bool:
+        weights = [linear.get_base_layer().weight for linear in linears]
+        return fused._stacked(weights).data_ptr() != weights[0].data_ptr()
+
+    assert not copied()
+    before = loss_and_gradients(model)
+    model.to(torch.float64).to(torch.float32)  # each weight in a storage of its own, as on another device
+    assert copied()
+    stack_projections(model.get_base_model())
+    assert not copied()
+    assert loss_and_gradients(model)[0] == before[0]

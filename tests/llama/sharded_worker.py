@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llama_ft.adapters.lora import attach_lora
 from llama_ft.llama.model import LlamaForCausalLM
+from llama_ft.llama.projections import project_each
 from llama_ft.recipe.schema import Adapter
 from tests.llama.conftest import SHAPES
 
@@ -53,6 +54,7 @@ def fsdp2(kind: str) -> tuple[float, dict[str, torch.Tensor]]:
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     loss = model(**BATCH).loss
     loss.backward()
+    assert all(layer.self_attn.project is layer.mlp.project is project_each for layer in inner.model.layers)
     return loss.item(), {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -104,6 +104,14 @@ def test_a_kernel_that_cannot_run_is_refused(name, device, says):
         choose_kernel(name, torch.device(device), torch.float32)
 
 
+@pytest.mark.parametrize(("head_dim", "found"), [(64, "varlen"), (128, "varlen"), (100, "plain"), (320, "plain")])
+def test_heads_that_flash_attention_cannot_take(head_dim, found):
+    assert choose_kernel("auto", torch.device("cuda"), torch.bfloat16, head_dim) == found
+    if found == "plain":
+        with pytest.raises(UserError, match=f"these have {head_dim}"):
+            choose_kernel("varlen", torch.device("cuda"), torch.bfloat16, head_dim)
+
+
 def test_flex_cannot_train_on_a_cpu():
     with pytest.raises(UserError, match="flex has no gradients on a CPU"):
         choose_kernel("flex", torch.device("cpu"), torch.float32, training=True)

@@ -67,6 +67,23 @@ def test_packed_row_equals_each_document_alone(pair, how):
     assert gap(logits, expected) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_packed_rows_of_unequal_length_equal_each_document_alone(pair):
+    """Padding and restarting positions together: borders within a row are not lost when its padding is taken out."""
+    reference, ours = pair
+    lengths = [[5, 9], [3, 4, 2], [14]]
+    documents = [[ids(1, n, 10 * row + n) for n in row_lengths] for row, row_lengths in enumerate(lengths)]
+    x, mask, positions = (torch.zeros(3, 14, dtype=torch.long) for _ in range(3))
+    for row, row_documents in enumerate(documents):
+        whole = torch.cat(row_documents, dim=1)[0]
+        x[row, : len(whole)], mask[row, : len(whole)] = whole, 1
+        positions[row, : len(whole)] = torch.cat([torch.arange(n) for n in lengths[row]])
+    logits = ours(x, attention_mask=mask, position_ids=positions).logits
+    for row, row_documents in enumerate(documents):
+        expected = torch.cat([reference(document).logits[0] for document in row_documents])
+        assert gap(logits[row, : len(expected)], expected) <= TOLERANCE
+
+
 def test_loss_and_gradients_equal(pair):
     reference, ours = pair
     x = ids(2, 40)
@@ -197,6 +214,7 @@ def test_greedy_generation_equals_token_for_token(pair):
         ({"cu_seqlens": [0, 3]}, "cu_seqlens must rise from 0 to 8"),
         ({"cu_seqlens": [0, 5, 5, 8]}, "cu_seqlens must rise from 0 to 8"),
         ({"attention_mask": torch.ones(1, 1, 8, 8)}, "attention_mask must be"),
+        ({"cu_seqlens": [0, 8], "attention_mask": torch.tensor([[1] * 7 + [0]])}, "a batch with padding has none"),
         ({"inputs_embeds": torch.ones(1, 8, 64)}, "either input_ids or inputs_embeds"),
     ],
 )

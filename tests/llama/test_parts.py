@@ -43,6 +43,26 @@ def test_loss_head_equals_its_plain_twin(rows, frozen, monkeypatch):
         assert torch.allclose(results[0][2], results[1][2], atol=1e-5)
 
 
+def test_loss_head_makes_no_gradient_in_an_evaluation():
+    """One product, that of the logits, though the weight is trained; with gradients there are three."""
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(307, 16, requires_grad=True)
+    products = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.out, torch.ops.aten.mm.default):
+                products.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        with torch.no_grad():
+            loss = linear_cross_entropy(hidden, weight, torch.arange(9))
+        assert len(products) == 1
+        linear_cross_entropy(hidden, weight, torch.arange(9))
+        assert len(products) == 1 + 3
+    assert torch.allclose(loss, linear_cross_entropy_plain(hidden, weight, torch.arange(9)))
+
+
 def test_loss_head_survives_a_second_backward():
     h = torch.randn(5, 8, requires_grad=True)
     loss = linear_cross_entropy(h, torch.randn(11, 8), torch.arange(5))

@@ -74,6 +74,7 @@ def import_checkpoint(
             if weights:
                 stream = with_progress(_values(checked, chosen), size, f"importing {source.name}")
                 write_model(made, checked.shapes, chosen, stream, SHARD_BYTES)
+            _check_dest(source, dest, overwrite=overwrite)  # an import takes long: what is there by now?
             publish(made, dest)
     except OSError as error:
         raise _disk_fault(error, dest) from error
@@ -164,7 +165,8 @@ def _check_dest(source: Path, dest: Path, *, overwrite: bool) -> None:
         raise UserError(f"{dest} exists and is not empty", hint="name another folder, or add --overwrite")
     if source == dest or dest in source.parents:
         raise UserError(f"{dest} holds the source itself", hint="name another folder")
-    if not (dest / "config.json").is_file():
+    config = dest / "config.json"
+    if (dest / ".git").exists() or not config.is_file() or '"model_type"' not in config.read_text(errors="replace"):
         raise UserError(f"{dest} is no model folder, it will not be replaced", hint="name another folder")
 
 

@@ -20,6 +20,7 @@ from llama_ft.llama.checkpoints.layout import (
     shape_problems,
 )
 from llama_ft.llama.checkpoints.shards import INDEX, Stored, stored_tensors
+from llama_ft.tokenizer.convert import write_tokenizer
 
 COMPANIONS = (
     "generation_config.json",
@@ -75,9 +76,11 @@ def open_hf(folder: Path) -> Weights:
 
     companions = tuple(path for name in COMPANIONS if (path := folder / name).is_file())
 
-    def tokenizer(dest: Path) -> Path | None:  # already in this layout: it travels as a companion
-        named = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
-        return next((path for path in named if path.is_file()), None)
+    def tokenizer(dest: Path) -> Path | None:
+        if (folder / "tokenizer.json").is_file():  # already in this layout: it travels as a companion
+            return folder / "tokenizer.json"
+        # A bare SentencePiece file would be converted by whoever opens it, and not by everyone rightly.
+        return write_tokenizer(folder, dest, vocab_size=config["vocab_size"])
 
     return Weights("HF's layout", stated, shapes, dtype, read, tokenizer, folder, companions)
 
