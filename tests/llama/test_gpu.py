@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_ft.adapters.lora import attach_lora
+from llama_ft.adapters.fused import _stacked
+from llama_ft.adapters.lora import attach_lora, stack_projections
 from llama_ft.llama.fast import PLAIN, Fast
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.recipe.schema import Adapter
@@ -26,14 +27,37 @@ def loss_and_gradients(dtype: torch.dtype, *, fast: Fast):
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator("cuda").manual_seed(1))
     model.get_base_model().model.set_fast(fast)
     x = torch.randint(0, 307, (1, 256), generator=torch.Generator().manual_seed(2)).cuda()
-    loss = model(input_ids=x, labels=x, cu_seqlens=BOUNDS).loss
+    labels = x.clone()
+    labels[0, 40:90] = -100  # the last layer answers for some of two documents only
+    loss = model(input_ids=x, labels=labels, cu_seqlens=BOUNDS).loss
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_bfloat16_fast_path_stays_near_float32():
+PATHS = {
+    "auto": Fast(),
+    "plain": PLAIN,
+    "flex": Fast(attention="flex"),
+    "flash": Fast(attention="flash"),
+    "compiled": Fast(elementwise="compiled"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bfloat16_paths_stay_near_float32(path):
+    if path == "flash":
+        pytest.importorskip("flash_attn")
     expected, gradient = loss_and_gradients(torch.float32, fast=PLAIN)
-    for fast in (Fast(), PLAIN, Fast(attention="flex")):
-        loss, found = loss_and_gradients(torch.bfloat16, fast=fast)
-        assert abs(loss - expected) <= 2e-2, fast
-        assert torch.nn.functional.cosine_similarity(found, gradient, dim=0) > 0.99, fast
+    loss, found = loss_and_gradients(torch.bfloat16, fast=PATHS[path])
+    assert abs(loss - expected) <= 2e-2
+    assert torch.nn.functional.cosine_similarity(found, gradient, dim=0) > 0.99
+
+
+def test_weights_that_moved_to_the_device_are_stacked_again():
+    """Attached on the CPU, moved, stacked again: no product copies its weights."""
+    model = attach_lora(LlamaForCausalLM(SHAPES["llama-2-70b-like"]).bfloat16(), Adapter(r=8)).cuda()
+    base = model.get_base_model()
+    stack_projections(base)
+    mlp = base.model.layers[0].mlp
+    weights = [linear.get_base_layer().weight for linear in (mlp.gate_proj, mlp.up_proj)]
+    assert _stacked(weights).data_ptr() == weights[0].data_ptr()
