@@ -73,13 +73,33 @@ def measured(command: list[str], folder: Path) -> tuple[float, float]:
     """Runs a command; (seconds, peak resident GiB of its largest process). Stops the benchmark if it fails."""
     log = folder / "log"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    start = time.perf_counter()
+    start, peaks = time.perf_counter(), {0: 0}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        while process.poll() is None:
+            # Not rusage, which counts what this process held when it forked; the kernel's own mark only ever rises.
+            for pid in (process.pid, *(child.pid for child in _children(process.pid))):
+                peaks[pid] = max(peaks.get(pid, 0), _high_water(pid))
+            time.sleep(0.2)
+    if process.returncode:
         raise SystemExit(f"{command[:6]} failed:\n{log.read_text()[-3000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+    return time.perf_counter() - start, max(peaks.values()) / 2**20
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _high_water(pid: int) -> int:
+    """Peak resident KiB of a process so far (VmHWM), 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
