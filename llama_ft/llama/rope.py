@@ -91,7 +91,12 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns heads [N, H, D] in place by cos and sin [N, 1, D / 2]; pass −sin to turn back. No autograd."""
+    """Turns heads [N, H, D] in place by cos and sin [N, 1, D / 2]; pass −sin to turn back. No autograd.
+
+    16-bit heads are turned in float32 and rounded once.
+    """
+    if heads.dtype.itemsize < 4:
+        return heads.copy_(rotate(heads.float(), cos, sin))
     first, second = heads.chunk(2, dim=-1)
     old_first = first.clone()
     first.mul_(cos).addcmul_(second, sin, value=-1)

@@ -40,7 +40,7 @@ class Opened:
 
 
 def open_source(source: str) -> Opened:
-    """Opens a run folder (its merged model, else base + adapter), a model folder, `smollm2-135m` or a hub id.
+    """Opens a run folder (merged, else base + adapter), a model folder or file, `smollm2-135m` or a hub id.
 
     Raises UserError when there is no such thing, or a run has nothing trained yet.
     """
@@ -49,7 +49,7 @@ def open_source(source: str) -> Opened:
     run = _run(source, path)
     if run is not None:
         return _open_run(run)
-    if path.is_dir() or source == smollm2.NAME or not _is_path(source):
+    if path.exists() or source == smollm2.NAME or not _is_path(source):
         return _open_folder(locate_base(source))
     raise UserError(f"there is no run and no model '{source}'", hint=did_you_mean(source, _known(), kind="sources"))
 
