@@ -12,7 +12,8 @@ from llama_ft.data.python_code import SPLITS
 from llama_ft.errors import UserError, did_you_mean, nearest
 from llama_ft.paths import find_file, shipped_root
 from llama_ft.recipe.nodes import Findings, Items, Map, Mark, Node, Source, plain
-from llama_ft.recipe.schema import Layout, Section, Text
+from llama_ft.recipe.schema import Layout
+from llama_ft.recipe.section import Section, Text
 from llama_ft.recipe.yaml_reader import read_file
 
 

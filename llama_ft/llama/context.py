@@ -21,7 +21,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from llama_ft.recipe.rope import reach
-from llama_ft.recipe.schema import RopeScaling
+from llama_ft.recipe.schema_model import RopeScaling
 
 
 def rope_of(config: LlamaConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from llama_ft.errors import UserError
 from llama_ft.llama.context import scale_rope
 from llama_ft.llama.init import initial_weights, meta_model
 from llama_ft.llama.model import LlamaForCausalLM
-from llama_ft.recipe.schema import RopeScaling
+from llama_ft.recipe.schema_model import RopeScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

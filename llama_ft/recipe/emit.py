@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from llama_ft.recipe.check_adapter import unused_adapter_keys
+from llama_ft.recipe.check_training import unused_training_keys
 from llama_ft.recipe.scalars import read_plain
 from llama_ft.recipe.schema import Recipe
 
@@ -20,10 +22,10 @@ def dump(recipe: Recipe) -> str:
 def lines(recipe: Recipe) -> list[tuple[str, str]]:
     """The text, line by line, each with the dotted key whose value stands on it (`""` where none does)."""
     data = recipe.model_dump()
-    if recipe.adapter.method == "full":
-        # Without an adapter its settings mean nothing, and a recipe that states them is refused.
-        data["adapter"] = {"method": "full"}
-    if recipe.model.rope_scaling is not None:  # the same goes for the keys of other types
+    # What means nothing beside the method, type or schedule that was chosen is refused where a recipe states it.
+    for section, names in (("adapter", unused_adapter_keys(recipe)), ("training", unused_training_keys(recipe))):
+        data[section] = {name: value for name, value in data[section].items() if name not in names}
+    if recipe.model.rope_scaling is not None:
         data["model"]["rope_scaling"] = recipe.model.rope_scaling.parameters()
     result: list[tuple[str, str]] = []
     _map(data, "", 0, result)

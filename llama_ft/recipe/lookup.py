@@ -17,7 +17,7 @@ from llama_ft.errors import did_you_mean, nearest
 from llama_ft.paths import PACKAGE, find_file, shipped_root
 from llama_ft.recipe.launchers import Launcher, read_launcher
 from llama_ft.recipe.nodes import Findings, Source, plain
-from llama_ft.recipe.schema import PRESETS
+from llama_ft.recipe.schema_model import PRESETS
 from llama_ft.recipe.view import Unknown, View
 from llama_ft.recipe.yaml_reader import read_file
 from llama_ft.recipe.yaml_words import one_line

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from llama_ft.recipe.fields import fields_of
-from llama_ft.recipe.schema import PRESETS, ROPE_KEYS, RopeScaling
+from llama_ft.recipe.schema_model import PRESETS, ROPE_KEYS, RopeScaling
 from llama_ft.recipe.view import View
 from llama_ft.recipe.yaml_words import one_line
 

@@ -5,38 +5,16 @@ No I/O and no torch here. Unknown keys are errors; every default is visible in `
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr
+
+from llama_ft.recipe.schema_model import Adapter, Model
+from llama_ft.recipe.section import Finite, NonNegative, Positive, PositiveInt, Section, Share, Text
 
 Objective = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo"]
 Layout = Literal["alpaca", "sharegpt", "messages", "preference", "rated", "text", "prompt-completion"]
-PRESETS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("llama-1-7b", "llama-1-13b", "llama-1-33b", "llama-1-65b"), (2048, 2048)),
-    **dict.fromkeys(("llama-2-7b", "llama-2-13b", "llama-2-70b"), (4096, 4096)),
-    **dict.fromkeys(("code-llama-7b", "code-llama-13b", "code-llama-34b"), (16384, 16384)),
-    **dict.fromkeys(("llama-3-8b", "llama-3-70b", "llama-3-405b"), (8192, 8192)),
-    **dict.fromkeys(("llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b"), (8192, 131_072)),
-    **dict.fromkeys(("llama-3.2-1b", "llama-3.2-3b"), (8192, 131_072)),
-    "tinyllama-1.1b": (2048, 2048),
-    **dict.fromkeys(("smollm2-135m", "smollm2-360m", "smollm2-1.7b"), (8192, 8192)),
-    "tiny": (512, 512),
-}
-"""Shapes that `preset:NAME` takes (llama_ft.llama.shapes has them), each with its context in tokens before and after
-the RoPE scaling it was published with."""
-# Each branch carries its own bounds: pydantic drops the bounds of a union from the JSON Schema.
-Finite = Annotated[StrictFloat, Field(allow_inf_nan=False)]
-Positive = Annotated[StrictInt, Field(gt=0)] | Annotated[Finite, Field(gt=0)]
-NonNegative = Annotated[StrictInt, Field(ge=0)] | Annotated[Finite, Field(ge=0)]
 Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
-PositiveInt = Annotated[StrictInt, Field(ge=1)]
-Text = Annotated[StrictStr, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and strict about names and types (YAML already knows numbers from strings)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Reproduces(Section):
@@ -48,105 +26,6 @@ class Reproduces(Section):
     """Where its hyper-parameters were read: a URL or a paper."""
     deviations: list[Text] = []
     """Every way in which this recipe differs from the source, in words."""
-
-
-RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
-ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": (("rope_theta",), ()),
-    "linear": (("factor",), ("rope_theta",)),
-    "dynamic": (("factor",), ("rope_theta",)),
-    "yarn": (
-        ("factor",),
-        ("rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-         "mscale_all_dim", "truncate"),
-    ),
-    "llama3": (
-        ("factor", "low_freq_factor", "high_freq_factor"),
-        ("rope_theta", "original_max_position_embeddings"),
-    ),
-}  # fmt: skip
-"""Which keys each type of RoPE scaling needs, and which it may have; transformers' names and types."""
-AtLeastOne = Annotated[StrictInt, Field(ge=1)] | Annotated[Finite, Field(ge=1)]
-
-
-class RopeScaling(Section):
-    """How RoPE reaches beyond the context of pre-training. Each type takes its own keys and no others.
-
-    `default` only changes theta, as Code Llama does.
-    """
-
-    rope_type: RopeType
-    """Positions divided by the factor (`linear`), theta by length (`dynamic`), YaRN, or Llama 3.1's rule."""
-    factor: AtLeastOne | None = None
-    """How many times the original context is to be read; all but `default` need it."""
-    rope_theta: Positive | None = None
-    """Another base of the frequencies; null keeps the base model's."""
-    original_max_position_embeddings: PositiveInt | None = None
-    """yarn, llama3: the context before scaling, in tokens; null takes the base model's."""
-    low_freq_factor: Positive | None = None
-    """llama3: wavelengths above original / this are divided by the factor (Llama 3.1: 1)."""
-    high_freq_factor: Positive | None = None
-    """llama3: wavelengths below original / this stay as they are (Llama 3.1: 4)."""
-    beta_fast: Positive | None = None
-    """yarn: features that turn more often than this in the original context stay as they are (null: 32)."""
-    beta_slow: Positive | None = None
-    """yarn: features that turn less often than this are divided by the factor (null: 1)."""
-    attention_factor: Positive | None = None
-    """yarn: scale of cos and sin; null is 0.1·ln(factor) + 1 (arXiv 2309.00071)."""
-    mscale: Positive | None = None
-    """yarn: with mscale_all_dim, the attention factor as DeepSeek computes it."""
-    mscale_all_dim: Positive | None = None
-    """yarn: the divisor of mscale's attention factor."""
-    truncate: StrictBool | None = None
-    """yarn: round the borders between features to whole numbers (null: true)."""
-
-    def parameters(self) -> dict[str, Any]:
-        """What the type uses of what was stated, numbers as floats, lengths and flags as they are."""
-        needed, optional = ROPE_KEYS[self.rope_type]
-        stated = {name: getattr(self, name) for name in (*needed, *optional)}
-        whole = ("original_max_position_embeddings", "truncate")
-        given = {name: value for name, value in stated.items() if value is not None}
-        numbers = {name: value if name in whole else float(value) for name, value in given.items()}
-        return {"rope_type": self.rope_type, **numbers}
-
-
-class Model(Section):
-    """The base model: where its weights come from and how they are held."""
-
-    base: Text
-    """Hub id, local folder (HF layout), `smollm2-135m`, or `preset:NAME` (shapes only, random weights)."""
-    revision: Text | None = None
-    """Hub commit, tag or branch; null takes the hub's default."""
-    tokenizer: Text | None = None
-    """Hub id or folder of another tokenizer; null takes the base model's own."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the base weights in training. Adapters, norms' arithmetic and losses stay float32."""
-    rope_scaling: RopeScaling | None = None
-    """How RoPE reaches beyond the base's context; null keeps the base's own."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` starts from fresh weights of the base's shapes, made from training.seed; a preset always does."""
-    attention: Literal["auto", "plain", "cpu", "varlen", "flash", "flex"] = "auto"
-    """Attention kernel of the training; `auto` takes the best that the machine has."""
-
-    @property
-    def starts_new(self) -> bool:
-        """Whether training starts from weights that nobody has trained: shapes alone have no others."""
-        return self.init == "random" or self.base.startswith("preset:")
-
-
-class Adapter(Section):
-    """What is trained: every weight (`full`) or a low-rank adapter."""
-
-    method: Literal["full", "lora", "qlora"] = "lora"
-    """`full` trains all weights, `lora` an adapter, `qlora` an adapter on a 4-bit base."""
-    r: PositiveInt = 16
-    """LoRA rank."""
-    alpha: Positive = 32
-    """LoRA scale: the update is multiplied by alpha / r (arXiv 2106.09685)."""
-    dropout: Annotated[StrictInt, Field(ge=0, le=0)] | Annotated[Finite, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
-    targets: Literal["all-linear", "attention"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
-    """`all-linear`, `attention`, or a list of projection names (`q_proj`, …)."""
 
 
 class Data(Section):
@@ -241,22 +120,36 @@ class Training(Section):
     """Documents per device per forward pass; accumulation follows from it."""
     learning_rate: Positive = 2.0e-5
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up; `wsd` stays at the peak and falls, linearly, at the end."""
+    final_rate: Share = 0.0
+    """Share of the peak that cosine, linear and wsd end at: 0.1 is LLaMA's cosine to 10 %."""
+    decay: Positive = 0.1
+    """wsd: the falling end. Below 1: share of all steps. 1 or more: a number of steps."""
     warmup: NonNegative = 0.03
     """Below 1: share of all steps. 1 or more: a number of steps."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW, betas 0.9 and 0.999, eps 1e-8."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "muon"] = "adamw"
+    """AdamW (fused), with 8-bit or paged states (bitsandbytes), Adafactor, or Muon with AdamW for what is no matrix."""
+    betas: Annotated[list[Annotated[Finite, Field(gt=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Decay rates of AdamW's two moments; Muon's momentum is the first."""
+    eps: Positive = 1.0e-8
+    """AdamW's term against division by zero."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient's global norm; 0 switches clipping off."""
+    max_spike: Positive | None = 5.0
+    """Stop where a step's loss is this many nats above the median of the 20 before it; null goes on."""
+    neftune_alpha: Positive | None = None
+    """NEFTune: uniform noise of alpha / √(tokens · width) on a document's embeddings (arXiv 2310.05914); null: none."""
     gradient_checkpointing: StrictBool | Literal["selective"] = False
     """Recompute activations in the backward pass: less memory, more time. `selective` does so in every second layer."""
     seed: Annotated[StrictInt, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of everything random: data order, adapter init, dropout."""
     save_every: PositiveInt = 200
     """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt | None = None
+    """Keep the newest N, and the one with the lowest held-out loss; null keeps all."""
     eval_every: PositiveInt = 200
     """Steps between evaluations on eval_data."""
 
@@ -266,6 +159,8 @@ class Export(Section):
 
     merged: StrictBool = True
     """Write merged/ and prove it equal to what was trained."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which weights become the result: the last, or those of the evaluation with the lowest held-out loss."""
     gguf: list[Quantisation] = []
     """GGUF quantisations to write."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None

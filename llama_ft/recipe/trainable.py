@@ -8,7 +8,7 @@ from llama_ft.errors import Problem, UserError
 from llama_ft.recipe.schema import Recipe
 
 OBJECTIVES = ("sft",)
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
 
 
 def untrainable(recipe: Recipe, origins: Mapping[str, str] | None = None) -> list[Problem]:

@@ -41,6 +41,10 @@ class View:
         entry = self.shaped.entries.get(key)
         return entry is not None and not is_null(entry.node)
 
+    def stated_beside(self, key: str, choice: str) -> bool:
+        """Whether a key is stated by whoever made the choice, or nearer. What a parent said before is no mistake."""
+        return self.stated(key) and self.mark(key).source.nearness >= self.mark(choice).source.nearness
+
     def sources(self) -> list[str]:
         """The dotted keys of all sources of rows: `data.0`, …, `eval_data.0`, …"""
         lists = [name for name in ("data", "eval_data") if isinstance(self.shaped.data.get(name), list)]

@@ -18,7 +18,7 @@ from llama_ft.llama.checkpoints.door import import_checkpoint
 from llama_ft.llama.context import context_length
 from llama_ft.llama.load import load_model
 from llama_ft.llama.model import LlamaForCausalLM
-from llama_ft.recipe.schema import RopeScaling
+from llama_ft.recipe.schema_model import RopeScaling
 from llama_ft.tokenizer.load import load_tokenizer
 
 OLD, NEW = 128, 512

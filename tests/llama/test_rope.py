@@ -16,7 +16,7 @@ from llama_ft.llama.context import context_length, original_context, scale_rope
 from llama_ft.llama.load import load_config, load_model
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.llama.rope import RotaryEmbedding
-from llama_ft.recipe.schema import RopeScaling
+from llama_ft.recipe.schema_model import RopeScaling
 from tests.llama.conftest import SMALL
 
 CONTEXT = 64

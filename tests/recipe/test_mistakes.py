@@ -196,7 +196,7 @@ VALUES = {
     "word in capitals": (
         "training: {schedule: Cosine}",
         [
-            "r.yaml:5:22: training.schedule: schedule is 'Cosine', one of cosine, linear, constant is needed"
+            "r.yaml:5:22: training.schedule: schedule is 'Cosine', one of cosine, linear, constant, wsd is needed"
             " — did you mean 'cosine'?"
         ],
     ),
@@ -223,8 +223,7 @@ VALUES = {
         [
             "r.yaml:5:11: tracking: tracking is 'wandb', a list of names (tensorboard, wandb, mlflow, trackio)"
             " is needed — write it as a list: [wandb]",
-            "r.yaml:6:20: adapter.targets: targets is 'q_proj', one of all-linear, attention or a list of one or more"
-            " texts is needed — write it as a list: [q_proj]",
+            "r.yaml:6:20: adapter.targets: a LLaMA has no projections called 'q_proj' — write a list: [q_proj]",
         ],
     ),
     "map for a list": (
@@ -502,6 +501,74 @@ COMBINATIONS = {
         [
             "r.yaml:5:12: sequence.max_length: 8193 tokens are more than smollm2-135m can read, 8192"
             " — write 8192 or less, or set model.rope_scaling"
+        ],
+    ),
+    "a regex that matches nothing": (
+        good(adapter="{targets: '.*k_projection'}"),
+        [
+            "r.yaml:5:20: adapter.targets: the regex '.*k_projection' matches no projection of a LLaMA"
+            r" — it must match whole names, such as model.layers.0.mlp.up_proj: .*layers\.\d+\.mlp\..*"
+        ],
+    ),
+    "a regex that is none": (
+        good(adapter="{targets: 'model.(layers'}"),
+        [
+            "r.yaml:5:20: adapter.targets: 'model.(layers' is no regex: missing ), unterminated subpattern at position 6"
+            " — all-linear, attention, or a list"
+        ],
+    ),
+    "a regex": (good(adapter=r"{targets: 'model\.layers\.[01]\..*'}"), []),
+    "a misspelt group": (
+        good(adapter="{targets: all-liner}"),
+        ["r.yaml:5:20: adapter.targets: a LLaMA has no projections called 'all-liner' — did you mean 'all-linear'?"],
+    ),
+    "keys of qlora beside lora": (
+        good(adapter="{method: lora, bits: 8, freeze: [norm]}"),
+        [
+            "r.yaml:5:25: adapter.bits: bits belongs to qlora, method: lora does not quantise"
+            " — remove it, or write method: qlora",
+            "r.yaml:5:34: adapter.freeze: freeze belongs to full, lora trains nothing of the base"
+            " — remove it; targets says which layers get an adapter",
+        ],
+    ),
+    "double quantisation in eight bits": (
+        good(adapter="{method: qlora, bits: 8, double_quant: false}"),
+        [
+            "r.yaml:5:35: adapter.double_quant: double_quant belongs to bits: 4, eight bits have one scale per row"
+            " — remove it"
+        ],
+    ),
+    "a frozen part that is no regex": (
+        good(adapter="{method: full, freeze: ['layers.[0']}"),
+        ["r.yaml:5:34: adapter.freeze.0: 'layers.[0' is no regex: unterminated character set at position 7"],
+    ),
+    "a decay without its schedule": (
+        good(training="{schedule: linear, decay: 0.2}"),
+        [
+            "r.yaml:5:30: training.decay: decay belongs to schedule: wsd, linear has no stable part that it would end"
+            " — remove it"
+        ],
+    ),
+    "a decay that never ends": (
+        good(training="{schedule: wsd, decay: 20, max_steps: 20}"),
+        [
+            "r.yaml:5:27: training.decay: the decay takes 20 steps, training stops after 20"
+            " — write fewer steps, or a share such as 0.1"
+        ],
+    ),
+    "a constant rate that falls": (
+        good(training="{schedule: constant, final_rate: 0.1}"),
+        ["r.yaml:5:32: training.final_rate: a constant learning rate ends where it started — remove it"],
+    ),
+    "Adam's moments beside Adafactor": (
+        good(training="{optimizer: adafactor, betas: [0.9, 0.95]}"),
+        ["r.yaml:5:34: training.betas: betas belongs to AdamW and Muon, adafactor has its own — remove it"],
+    ),
+    "the best of nothing": (
+        good(export="{checkpoint: best}"),
+        [
+            "r.yaml:5:10: export.checkpoint: the best checkpoint is the one with the lowest held-out loss, and there is"
+            " no eval_data — add eval_data: {holdout: 0.02}, or write last"
         ],
     ),
     "preset without tokenizer": (

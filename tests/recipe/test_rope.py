@@ -9,7 +9,7 @@ import pytest
 from llama_ft.recipe import dump, load_recipe
 from llama_ft.recipe.fields import fields_of
 from llama_ft.recipe.rope import reach
-from llama_ft.recipe.schema import ROPE_KEYS, RopeScaling
+from llama_ft.recipe.schema_model import ROPE_KEYS, RopeScaling
 from tests.recipe.conftest import GOOD, Report
 
 KEY = "model.rope_scaling"

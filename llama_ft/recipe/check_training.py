@@ -1,0 +1,79 @@
+"""Combinations in `training` and `export` that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llama_ft.recipe.schema import Recipe
+from llama_ft.recipe.view import View
+
+
+def unused_training_keys(recipe: Recipe) -> tuple[str, ...]:
+    """Keys of `training` that mean nothing beside its schedule and optimizer."""
+    training = recipe.training
+    return (
+        *(("decay",) if training.schedule != "wsd" else ()),
+        *(("final_rate",) if training.schedule == "constant" else ()),
+        *(("betas", "eps") if training.optimizer == "adafactor" else ()),
+    )
+
+
+def warmup_ends(view: View) -> None:
+    _ends(view, "training.warmup", "warm-up takes", "write fewer steps, or a share such as 0.03")
+
+
+def decay_ends(view: View) -> None:
+    schedule = view.value("training.schedule")
+    if schedule == "wsd":
+        _ends(view, "training.decay", "the decay takes", "write fewer steps, or a share such as 0.1")
+    elif view.stated_beside("training.decay", "training.schedule"):
+        what = f"decay belongs to schedule: wsd, {schedule} has no stable part that it would end"
+        view.wrong("training.decay", what, "remove it")
+
+
+def _ends(view: View, key: str, takes: str, hint: str) -> None:
+    length, steps = view.value(key), view.value("training.max_steps")
+    if length >= 1 and length != int(length):
+        view.wrong(key, f"{length} is neither a share below 1 nor a whole number of steps", f"write {round(length)}")
+    elif length >= 1 and steps is not None and length >= steps:
+        place = key if view.stated(key) else "training.max_steps"
+        view.wrong(place, f"{takes} {length} steps, training stops after {steps}", hint)
+
+
+def constant_does_not_fall(view: View) -> None:
+    constant = view.value("training.schedule") == "constant"
+    if constant and view.stated_beside("training.final_rate", "training.schedule"):
+        view.wrong("training.final_rate", "a constant learning rate ends where it started", "remove it")
+
+
+def moments_belong_to_adam(view: View) -> None:
+    if view.value("training.optimizer") != "adafactor":
+        return
+    for name in ("betas", "eps"):
+        if view.stated_beside(f"training.{name}", "training.optimizer"):
+            view.wrong(f"training.{name}", f"{name} belongs to AdamW and Muon, adafactor has its own", "remove it")
+
+
+def micro_batch_divides(view: View) -> None:
+    whole, part = view.value("training.global_batch"), view.value("training.micro_batch")
+    if part == "auto" or view.value("training.objective") == "pretrain" or whole % part == 0:
+        return
+    near = max(size for size in range(1, min(part, whole) + 1) if whole % size == 0)
+    what = f"a global batch of {whole} documents cannot be made of micro-batches of {part}"
+    view.wrong("training.micro_batch", what, f"write {near}, or auto")
+
+
+def best_is_known(view: View) -> None:
+    if view.value("export.checkpoint") == "best" and view.value("eval_data") is None:
+        what = "the best checkpoint is the one with the lowest held-out loss, and there is no eval_data"
+        view.wrong("export.checkpoint", what, "add eval_data: {holdout: 0.02}, or write last")
+
+
+RULES: tuple[Callable[[View], None], ...] = (
+    warmup_ends,
+    decay_ends,
+    constant_does_not_fall,
+    moments_belong_to_adam,
+    micro_batch_divides,
+    best_is_known,
+)
