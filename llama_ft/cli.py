@@ -57,6 +57,22 @@ def show(recipe: RecipeArg, overrides: Overrides = None, debug: Debug = False) -
 
 
 @app.command()
+def diff(
+    recipe_a: Annotated[str, typer.Argument(metavar="A", help="A recipe, a run folder, or a run.lock.json.")],
+    recipe_b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit 1 if they differ, as git diff does.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two resolved recipes key by key, each value with where it came from."""
+    with user_facing(debug=debug):
+        from llama_ft.recipe.diff import print_diff
+
+        if print_diff(recipe_a, recipe_b, as_json=as_json) and exit_code:
+            raise SystemExit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from llama_ft.recipe.commands import print_schema
@@ -157,6 +173,25 @@ def clean(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="8xH100-80GB, 4090, 24GiB, cpu.", show_default="this one")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; bytes, seconds.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="A table of methods and cards for the recipe's base.")] = False,
+    price: Annotated[float | None, typer.Option(help="Of one device and hour, in any currency.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Tell what a run will take, before it costs anything: tokens, steps, memory, time, disk, price, launch line."""
+    with user_facing(debug=debug):
+        from llama_ft.plan.commands import plan_recipe
+
+        plan_recipe(recipe, overrides or [], hardware=hardware, as_json_text=as_json, sweeping=sweep, price=price)
+
+
+@app.command()
 def train(
     recipe: RecipeArg,
     overrides: Overrides = None,
@@ -175,12 +210,38 @@ def train(
 
 
 @app.command()
+def rerun(
+    lock: Annotated[Path, typer.Argument(metavar="RUN.LOCK.JSON", help="The lock of a run, or its folder.")],
+    overrides: Overrides = None,
+    output_dir: Annotated[str | None, typer.Option(help="Where to.", show_default="RUN-rerun, beside RUN")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="changed-data, or a preflight fault.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier rerun.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a run once more from its lock, say what changed since, and compare the losses."""
+    with user_facing(debug=debug):
+        from llama_ft.train.rerun import rerun as train_again
+
+        flags = [*(["--overwrite"] if overwrite else []), *(["--debug"] if debug else [])]
+        raise SystemExit(train_again(lock, overrides or [], output_dir=output_dir, allow=allow or [], flags=flags))
+
+
+@app.command()
 def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], debug: Debug = False) -> None:
     """Merge a run's adapter into its base and prove the result equal to what was trained."""
     with user_facing(debug=debug):
         from llama_ft.export.run import export_run
 
         export_run(run)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], debug: Debug = False) -> None:
+    """Write a run's report.html from what lies in its folder; at any time, also while it trains."""
+    with user_facing(debug=debug):
+        from llama_ft.train.page.write import report_run
+
+        report_run(run)
 
 
 @app.command(name="import")

@@ -15,11 +15,7 @@ def publish(written: Path, final: Path) -> None:
     The old one steps aside by a rename and goes last: if anything fails it stands where it stood.
     """
     for file in [*written.rglob("*"), written]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_to_disk(file)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -30,7 +26,17 @@ def publish(written: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
+    flush_to_disk(final.parent)  # until the folder that names it is on the disk, a power cut takes the new name back
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until the bytes of a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

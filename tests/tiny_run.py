@@ -48,7 +48,8 @@ def make_base(folder: Path, *, tied: bool = True, **changes: Any) -> Path:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     ends = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     # A wide init: with the usual 0.02 all logits are near ties and greedy answers say nothing.
-    config = LlamaConfig(**shape, **heads, **ends, tie_word_embeddings=tied, initializer_range=0.15, **changes)
+    settings = {**shape, **heads, **ends, "tie_word_embeddings": tied, "initializer_range": 0.15, **changes}
+    config = LlamaConfig(**settings)
     HFLlama(config).save_pretrained(folder)
     return folder
 

@@ -2,36 +2,44 @@
 
 PEFT's own forward makes three products, two sums and a scaling per projection, and keeps every intermediate. Here
 q/k/v (and gate/up) share one product with the base, one with the stacked A, and their B are added in place; backward
-keeps x and x·Aᵀ only. PEFT still owns the parameters: this only computes with them. Where the formula does not hold
-(DoRA, dropout in training, several adapters, a trainable or quantised base), PEFT's forward runs instead.
+keeps x and x·Aᵀ only. PEFT still owns the parameters: this only computes with them. An NF4 base leaves its 4 bits as
+one stacked weight, used and let go, once in forward and once in backward. Where the formula does not hold (DoRA,
+dropout in training, several adapters, a trainable base, LLM.int8()), PEFT's forward runs instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from llama_ft.adapters.quantised import dequantise, is_nf4
 from llama_ft.llama.projections import is_bare, multiplied_in, project, project_each
 
 
 class _FusedLora(torch.autograd.Function):
-    """Inputs: x [N, in], stacked W [out, in] (frozen), scale, then A₁ [r₁, in], B₁ [out₁, r₁], A₂, B₂ …"""
+    """Inputs: x [N, in], base, scale, then A₁ [r₁, in], B₁ [out₁, r₁], A₂, B₂ …
+
+    base: the frozen stacked W [out, in], or what makes it each time it is needed.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: float, *factors: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, base: Tensor | Callable[[], Tensor], scale: float, *factors: Tensor) -> Tensor:
         downs, ups = factors[0::2], factors[1::2]
+        weight = base if isinstance(base, Tensor) else base()
         stacked = downs[0] if len(downs) == 1 else torch.cat(downs)
         low = F.linear(x, stacked.to(x.dtype))
         y = F.linear(x, weight)
         for out, part, up in zip(*_columns(y, low, ups), ups, strict=True):
             out.addmm_(part, up.to(x.dtype).t(), alpha=scale)
-        ctx.scale = scale
-        ctx.save_for_backward(x, low, weight, *factors)
+        ctx.scale, ctx.make = scale, None if isinstance(base, Tensor) else base
+        ctx.save_for_backward(x, low, weight if ctx.make is None else None, *factors)
         return y
 
     @staticmethod
@@ -50,6 +58,7 @@ class _FusedLora(torch.autograd.Function):
         grad_stacked = (grad_low.t() @ x).to(stacked.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:  # not below the lowest adapter
+            weight = weight if ctx.make is None else ctx.make()
             grad_x = (grad @ weight).addmm_(grad_low, stacked.to(grad.dtype))
         grad_downs = grad_stacked.split([down.shape[0] for down in downs])
         pairs = zip(grad_downs, grad_ups, strict=True)
@@ -63,17 +72,17 @@ def _columns(wide: Tensor, low: Tensor, ups: Sequence[Tensor]) -> tuple[Sequence
 
 def can_fuse(linear: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether the formula above is what this module computes."""
-    if not isinstance(linear, LoraLinear) or linear.disable_adapters or linear.merged:
+    known = type(linear).forward is LoraLinear.forward or type(linear).__qualname__ == "Linear4bit"
+    if not isinstance(linear, LoraLayer) or not known or linear.disable_adapters or linear.merged:
         return False
     if len(linear.active_adapters) != 1 or (name := linear.active_adapters[0]) not in linear.lora_A:
         return False
     base = linear.get_base_layer()
     dropout = linear.lora_dropout[name]
     return (
-        is_bare(base)
+        (is_bare(base) or is_nf4(base))
         and base.bias is None
         and not base.weight.requires_grad
-        and type(linear).forward is LoraLinear.forward
         and name not in linear.lora_variant  # DoRA and its kin change the formula
         and linear.lora_A[name].bias is None
         and linear.lora_B[name].bias is None
@@ -85,14 +94,24 @@ def fused_project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """Fills the model's projection seam: fused where every module allows it, else exactly what PEFT computes."""
     loras = [linear for linear in linears if can_fuse(linear)]
     if len(loras) < len(linears):
-        return (project_each if any(isinstance(linear, LoraLinear) for linear in linears) else project)(x, linears)
+        return (project_each if any(isinstance(linear, LoraLayer) for linear in linears) else project)(x, linears)
     parts: list[tuple[Any, str]] = [(lora, lora.active_adapters[0]) for lora in loras]
     scales = {lora.scaling[name] for lora, name in parts}
-    weights = [lora.get_base_layer().weight for lora, _ in parts]
-    if len(scales) != 1 or not x.dtype == multiplied_in(x) == weights[0].dtype:  # autocast goes PEFT's way
+    bases = [lora.get_base_layer() for lora, _ in parts]
+    quantised = [is_nf4(base) for base in bases]
+    held_in = bases[0].weight.quant_state.dtype if all(quantised) else bases[0].weight.dtype
+    mixed = len(scales) != 1 or any(quantised) != all(quantised)
+    if mixed or not x.dtype == multiplied_in(x) == held_in:  # autocast goes PEFT's way
         return project_each(x, linears)
     factors = [matrix[name].weight for lora, name in parts for matrix in (lora.lora_A, lora.lora_B)]
-    return _FusedLora.apply(x, _stacked(weights), scales.pop(), *factors)
+    base = partial(_out_of_nf4, bases) if all(quantised) else _stacked([base.weight for base in bases])
+    return _FusedLora.apply(x, base, scales.pop(), *factors)
+
+
+def _out_of_nf4(bases: Sequence[Any]) -> Tensor:
+    """[Σ out, in]: the weights that NF4 layers multiply with, one below the other."""
+    weights = [dequantise(base) for base in bases]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor:

@@ -2,44 +2,71 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from llama_ft.adapters.fused import fused_project, stack_frozen
+from llama_ft.adapters.quantised import known_as_quantised
 from llama_ft.errors import UserError, did_you_mean
+from llama_ft.llama.head import LossHead
 from llama_ft.llama.model import LlamaForCausalLM
+from llama_ft.recipe.check_adapter import GROUPS, PROJECTIONS, matched
 from llama_ft.recipe.schema import Adapter
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+SAVED = {
+    "embed_tokens": ["embed_tokens"],
+    "lm_head": ["lm_head"],
+    "norms": ["input_layernorm", "post_attention_layernorm", "norm"],
+}
+"""What `modules_to_save` means in the model's own names."""
 
 
-def target_modules(targets: str | list[str]) -> list[str]:
-    """The projections that `adapter.targets` names. UserError for a name that no LLaMA has."""
-    if targets == "all-linear":
-        return list(ALL_LINEAR)
-    if targets == "attention":
-        return list(ATTENTION)
-    names = [targets] if isinstance(targets, str) else targets
-    unknown = [name for name in names if name not in ALL_LINEAR]
+def target_modules(targets: str | list[str]) -> str | list[str]:
+    """What PEFT is told: the projections that `adapter.targets` names, or its regex as it stands.
+
+    UserError for a name that no LLaMA has.
+    """
+    if isinstance(targets, str) and targets not in GROUPS:
+        return targets
+    if isinstance(targets, str):
+        return list(PROJECTIONS if targets == "all-linear" else PROJECTIONS[:4])
+    unknown = [name for name in targets if name not in PROJECTIONS]
     if unknown:
-        choices = [*ALL_LINEAR, "all-linear", "attention"]
         raise UserError(
             f"no projection '{unknown[0]}' in a LLaMA",
             key="adapter.targets",
-            hint=did_you_mean(unknown[0], choices, kind="targets"),
+            hint=did_you_mean(unknown[0], [*PROJECTIONS, *GROUPS], kind="targets"),
         )
-    return list(names)
+    return list(targets)
 
 
-def lora_config(adapter: Adapter) -> LoraConfig:
-    """PEFT's configuration of a recipe's adapter."""
+def saved_modules(adapter: Adapter, *, new_tokens: bool, tied: bool) -> list[str]:
+    """Names of the modules that are trained whole: those asked for; embedding and head where tokens are new.
+
+    A tied head is the embedding: one of them means both, and PEFT is told the embedding.
+    """
+    asked = {*adapter.modules_to_save, *(("embed_tokens", "lm_head") if new_tokens else ())}
+    if tied and asked & {"embed_tokens", "lm_head"}:
+        asked = (asked - {"lm_head"}) | {"embed_tokens"}
+    return [module for name, modules in SAVED.items() if name in asked for module in modules]
+
+
+def lora_config(adapter: Adapter, saved: list[str] | None = None, *, tied: bool = False) -> LoraConfig:
+    """PEFT's configuration of a recipe's adapter; `saved`: modules trained whole, see :func:`saved_modules`."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number will do
         lora_dropout=adapter.dropout,
         target_modules=target_modules(adapter.targets),
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        modules_to_save=saved or None,
+        ensure_weight_tying=tied and "embed_tokens" in (saved or []),
         bias="none",
     )
 
@@ -58,14 +85,38 @@ def stack_projections(model: LlamaForCausalLM) -> None:
                 stack_frozen(linears)
 
 
-def attach_lora(model: LlamaForCausalLM, adapter: Adapter) -> PeftModel:
+def attach_lora(model: LlamaForCausalLM, adapter: Adapter, *, new_tokens: bool = False) -> PeftModel:
     """A PEFT model around `model`, base frozen, factors in float32 (A random, B zero), computed by the fused product.
 
-    The factors' initial values come from torch's global generator: seed it first.
+    new_tokens: the vocabulary has grown, so embedding and head are trained too. Whatever is trained is float32. The
+    factors' initial values come from torch's global generator: seed it first. UserError when the regex of
+    `adapter.targets` matches nothing in this model.
     """
     base_name = model.config.name_or_path
+    if not matched(target_modules(adapter.targets), model.config.num_hidden_layers):
+        layers = model.config.num_hidden_layers
+        what = f"the regex '{adapter.targets}' matches no projection of this base's {layers} layers"
+        raise UserError(what, key="adapter.targets", hint="layers are counted from 0")
     stack_projections(model)
-    peft_model = get_peft_model(model, lora_config(adapter), autocast_adapter_dtype=True)
-    model.model.set_project(fused_project)
+    tied = bool(model.config.tie_word_embeddings)
+    config = lora_config(adapter, saved_modules(adapter, new_tokens=new_tokens, tied=tied), tied=tied)
+    with known_as_quantised(model, adapter) if adapter.method == "qlora" else nullcontext():
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    prepare_forward(peft_model)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     return peft_model
+
+
+def prepare_forward(peft_model: PeftModel) -> None:
+    """Lets a PEFT model on our LLaMA compute as one: the fused product in its seam, a head that answers with the loss.
+
+    Where embedding and head are tied and trained, PEFT puts a plain linear layer on the embedding's weight for a head.
+    """
+    model: Any = peft_model.get_base_model()
+    model.model.set_project(fused_project)
+    for head in model.lm_head.modules():
+        if type(head) is nn.Linear:
+            head.__class__ = LossHead

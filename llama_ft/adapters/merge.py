@@ -1,58 +1,31 @@
 """The merge: W ← W + s·B·A (LoRA, arXiv 2106.09685), tensor by tensor from the base's files to the merged ones.
 
-W is the weight the adapter was trained on: the base's, rounded to the recipe's dtype. The sum is made in float32 and
-rounded once, to the export's dtype. Whatever this formula does not cover (DoRA, trained biases, other bases) is refused
-by name.
+W is the weight the adapter was trained on: the base's, rounded to the recipe's dtype, and for QLoRA what its 4 or 8
+bits make of it. DoRA gives each row of the sum its trained length (arXiv 2402.09353, equation 5). All is computed in
+float32 and rounded once, to the export's dtype. Weights that were trained whole replace the base's. Whatever these
+formulas do not cover (trained biases, other bases) is refused by name.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import math
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
+from llama_ft.adapters.lora_file import LoraFile
+from llama_ft.adapters.quantised import is_projection
 from llama_ft.errors import MachineFault, Problem, UserError
 from llama_ft.files import publish
 from llama_ft.llama.checkpoints.shards import SHARD_BYTES, Stored, stored_tensors, total_bytes, write_model
 
-# What may be said in adapter_config.json without changing the formula. Every other entry must be empty: a variant that
-# a later PEFT invents is refused too, instead of being merged as if it were plain LoRA.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
-    "use_rslora",
-}  # fmt: skip
-_PLAIN = {"bias": "none", "init_lora_weights": (True, False, "gaussian")}
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _SHOWN = 4
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A saved LoRA: factors by the base weight they belong to, A [r, in] and B [out, r] in float32."""
-
-    path: Path
-    scale: float
-    targets: tuple[str, ...]
-    factors: dict[str, tuple[Tensor, Tensor]]
-    sha256: str
-
-    @property
-    def tensors(self) -> int:
-        """How many tensors the file holds."""
-        return 2 * len(self.factors)
 
 
 @dataclass(frozen=True)
@@ -65,81 +38,6 @@ class Merged:
     bytes: int
 
 
-def read_lora(folder: Path) -> LoraFile:
-    """Reads an adapter folder in PEFT's layout. UserError naming everything that keeps it from being merged."""
-    config = _config(folder)
-    file = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} holds no adapter_model.safetensors", hint="pickled adapters are not read; save it again"
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the adapter cannot be read: {error}", where=str(file)) from error
-    sides: dict[str, dict[str, Tensor]] = {}
-    odd = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            odd.append(key)
-        else:
-            sides.setdefault(f"{match['module']}.weight", {})[match["side"]] = tensor.float()
-    problems = [Problem(f"{key} is not a LoRA factor of a linear layer", str(file)) for key in sorted(odd)[:_SHOWN]]
-    for name, pair in sides.items():
-        if len(pair) == 1:
-            problems.append(Problem(f"{name} has lora_{next(iter(pair))} but not its partner", str(file)))
-        elif pair["A"].shape[0] != config["r"] or pair["B"].shape[1] != config["r"]:
-            found = f"A {list(pair['A'].shape)}, B {list(pair['B'].shape)}"
-            problems.append(Problem(f"{name} has {found}, which is not rank {config['r']}", str(file)))
-    if not problems:
-        problems = _zero_problems({name: pair["B"] for name, pair in sides.items()}, file)
-    if problems:
-        raise UserError(problems)
-    r, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r  # rsLoRA: arXiv 2312.03732
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    factors = {name: (pair["A"], pair["B"]) for name, pair in sorted(sides.items())}
-    return LoraFile(folder, scale, tuple(config["target_modules"]), factors, digest)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable adapter_config.json: {error}", hint="is it an adapter?") from error
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(Problem(f"found a '{config.get('peft_type')}' adapter, only LORA can be merged", str(path)))
-    for key, value in config.items():
-        if key in _PLAIN:
-            plain = _PLAIN[key]
-            unusual = value not in plain if isinstance(plain, tuple) else value != plain
-        else:
-            unusual = key not in _HARMLESS and bool(value)
-        if unusual:
-            what = f"{key} is {json.dumps(value)}: this variant of LoRA cannot be merged here"
-            problems.append(Problem(what, str(path), hint="only plain LoRA and rsLoRA can"))
-    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", list)):
-        value = config.get(key)
-        if not isinstance(value, kind) or not value:
-            problems.append(Problem(f"{key} is {json.dumps(value)}", str(path), hint="save the adapter again"))
-    if problems:
-        raise UserError(problems)
-    return config
-
-
-def _zero_problems(ups: dict[str, Tensor], file: Path) -> list[Problem]:
-    """An all-zero B adds nothing: the mark of a run that did not train, or of a shard lost while saving."""
-    zero = [name for name, up in ups.items() if not bool(up.any())]
-    if len(zero) == len(ups):
-        hint = "look at the losses of the run"
-        return [Problem("the adapter is zero: nothing was trained", str(file), hint=hint)]
-    return [Problem(f"lora_B of {name} is zero: it was not trained or not saved", str(file)) for name in zero[:_SHOWN]]
-
-
 def merge_adapter(
     base: Path,
     adapter: LoraFile | None,
@@ -147,26 +45,30 @@ def merge_adapter(
     *,
     base_dtype: torch.dtype,
     dtype: torch.dtype,
+    requantise: Callable[[Tensor], Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Merged:
     """Writes base + adapter as safetensors into `out`, which is complete afterwards or as it was before.
 
     base: a model folder (HF layout). base_dtype: what its weights are rounded to first, as in training. dtype: what the
-    merged ones are stored in. adapter None only rewrites the base in `dtype`. Raises UserError for an adapter that does
-    not fit this base or a value that is not finite, MachineFault when the disk is full (nothing is left behind then).
+    merged ones are stored in. requantise: what quantisation makes of a projection's weight, see
+    :func:`llama_ft.adapters.quantised.requantised`. adapter None only rewrites the base in `dtype`. Raises UserError
+    for an adapter that does not fit this base or a value that is not finite, MachineFault when the disk is full
+    (nothing is left behind then).
     """
     stored = {name: entry for name, entry in stored_tensors(base).items() if not _skipped(name, base)}
-    factors = adapter.factors if adapter is not None else {}
+    whole = adapter.whole if adapter is not None else {}
     if adapter is not None:
-        _check_fit(adapter, stored)
-    shapes = {name: entry.shape for name, entry in stored.items()}
+        _check_fit(adapter, stored, tied=_tied(base))
+    # A vocabulary that has grown is in the weights that were trained whole.
+    shapes = {name: tuple(whole[name].shape) if name in whole else entry.shape for name, entry in stored.items()}
     size = total_bytes(shapes, dtype)
     check_space(out.parent, size)
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        tensors = _merged_tensors(stored, factors, adapter.scale if adapter else 0.0, base_dtype, dtype)
+        tensors = _merged_tensors(stored, adapter, base_dtype, dtype, requantise)
         write_model(aside, shapes, dtype, tensors, shard_bytes)
         publish(aside, out)
     except OSError as error:
@@ -175,7 +77,7 @@ def merge_adapter(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return Merged(out, len(stored), len(factors), size)
+    return Merged(out, len(stored), len(adapter.factors) if adapter else 0, size)
 
 
 def _skipped(name: str, base: Path) -> bool:
@@ -187,8 +89,8 @@ def _tied(base: Path) -> bool:
     return bool(json.loads((base / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", False))
 
 
-def _check_fit(adapter: LoraFile, stored: dict[str, Stored]) -> None:
-    """Every factor finds its weight, and every weight that the adapter targets finds its factors."""
+def _check_fit(adapter: LoraFile, stored: dict[str, Stored], *, tied: bool) -> None:
+    """Every part of the adapter finds its weight, and every weight that the adapter targets finds its factors."""
     problems = []
     for name, (down, up) in adapter.factors.items():
         want = (up.shape[0], down.shape[1])
@@ -196,8 +98,16 @@ def _check_fit(adapter: LoraFile, stored: dict[str, Stored]) -> None:
             problems.append(Problem(f"the adapter changes {name}, which the base does not have"))
         elif stored[name].shape != want:
             problems.append(Problem(f"{name} is {list(stored[name].shape)} in the base, {list(want)} in the adapter"))
-    suffixes = tuple(f".{target}.weight" for target in adapter.targets)
-    missing = [name for name in stored if name.endswith(suffixes) and name not in adapter.factors]
+    for name, weight in adapter.whole.items():
+        if name == "lm_head.weight" and tied:
+            if not torch.equal(weight, adapter.whole.get("model.embed_tokens.weight", weight)):
+                problems.append(Problem("the base's head is its embedding, and the adapter holds two different ones"))
+        elif name not in stored:
+            problems.append(Problem(f"the adapter replaces {name}, which the base does not have"))
+        elif stored[name].shape[1:] != weight.shape[1:] or stored[name].shape[0] > weight.shape[0]:
+            found = f"{list(stored[name].shape)} in the base, {list(weight.shape)} in the adapter"
+            problems.append(Problem(f"{name} is {found}"))
+    missing = [name for name in stored if adapter.is_target(name) and name not in adapter.factors]
     problems += [Problem(f"the adapter targets {name} but holds no factors for it") for name in missing]
     if problems:
         more = len(problems) - _SHOWN
@@ -207,20 +117,30 @@ def _check_fit(adapter: LoraFile, stored: dict[str, Stored]) -> None:
 
 def _merged_tensors(
     stored: dict[str, Stored],
-    factors: dict[str, tuple[Tensor, Tensor]],
-    scale: float,
+    adapter: LoraFile | None,
     base_dtype: torch.dtype,
     dtype: torch.dtype,
+    requantise: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name, entry in stored.items():
-        with safe_open(entry.file, framework="pt") as source:
-            weight = source.get_tensor(name)
-        if not weight.is_floating_point():
-            raise UserError(f"{name} is {weight.dtype} in the base", hint="merge into the weights before quantisation")
-        weight = weight.to(base_dtype).float()
-        if name in factors:
-            down, up = factors[name]
-            weight = weight.addmm(up, down, alpha=scale)
+        if adapter is not None and name in adapter.whole:
+            weight = adapter.whole[name]
+        else:
+            with safe_open(entry.file, framework="pt") as source:
+                weight = source.get_tensor(name)
+            if not weight.is_floating_point():
+                raise UserError(
+                    f"{name} is {weight.dtype} in the base", hint="merge into the weights before quantisation"
+                )
+            weight = weight.to(base_dtype)
+            if requantise is not None and is_projection(name):
+                weight = requantise(weight)
+            weight = weight.float()
+        if adapter is not None and name in adapter.factors:
+            down, up = adapter.factors[name]
+            weight = weight.addmm(up, down, alpha=adapter.scale)
+            if name in adapter.magnitudes:
+                weight *= (adapter.magnitudes[name] / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
         weight = weight.to(dtype)
         if not bool(torch.isfinite(weight).all()):
             found = str(dtype).removeprefix("torch.")

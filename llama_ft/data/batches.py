@@ -15,7 +15,9 @@ import torch
 from llama_ft.data.render import MASKED
 
 Document = Mapping[str, Any]
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+ORIGIN = ("source", "row", "part")
+"""Columns that say where a document came from: a number among the recipe's sources, a 0-based row, a part of it."""
 
 
 class PackedCollator:
@@ -30,6 +32,7 @@ class PackedCollator:
 
     Returns `input_ids`, `labels`, `position_ids` int64 [1, T] and `cu_seqlens` int32 [documents + 1], all on the host:
     attention kernels want the boundaries there. Labels are not shifted; the model compares position t with t + 1.
+    Documents that know where they came from also give `origins`, see :func:`origins`.
     """
 
     def __call__(self, documents: Sequence[Document]) -> Batch:
@@ -45,6 +48,7 @@ class PackedCollator:
             "labels": torch.from_numpy(packed)[None],
             "position_ids": torch.from_numpy(positions)[None],
             "cu_seqlens": torch.from_numpy(boundaries),
+            **origins(documents),
         }
 
 
@@ -52,7 +56,7 @@ class PackedCollator:
 class PaddedCollator:
     """One document a row, padded on the right to the longest with `pad_id`, which carries no loss and no attention.
 
-    Returns `input_ids`, `labels`, `attention_mask` int64 [documents, longest].
+    Returns `input_ids`, `labels`, `attention_mask` int64 [documents, longest], and `origins` as above.
     """
 
     pad_id: int
@@ -71,7 +75,17 @@ class PaddedCollator:
             batch["labels"][row, : len(tokens)] = targets
             batch["attention_mask"][row, : len(tokens)] = 1
         batch["labels"][:, 0] = MASKED
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {name: torch.from_numpy(array) for name, array in batch.items()} | origins(documents)
+
+
+def origins(documents: Sequence[Document]) -> dict[str, list[tuple[int, ...]]]:
+    """`{"origins": [(source, row, part), …]}` of a batch's documents, in their order; empty if they do not know.
+
+    Numbers of the host, which no model reads: a fault in a step is told with the rows that were in it.
+    """
+    if any(name not in document for document in documents for name in ORIGIN):
+        return {}
+    return {"origins": [tuple(int(document[name]) for name in ORIGIN) for document in documents]}
 
 
 def labelled_tokens(batch: Mapping[str, torch.Tensor]) -> int:

@@ -46,6 +46,17 @@ class Python(Section):
     """docstrings: documented functions, as alpaca rows both ways; files: whole modules, as text."""
 
 
+class Tokens(Section):
+    """What a row of the train split holds on average, all turns together, without what a template writes around it."""
+
+    prompt: Annotated[float, Field(ge=0)]
+    """Tokens of the user's turns, by Llama 2's tokenizer."""
+    answer: Annotated[float, Field(ge=0)]
+    """Tokens of the assistant's turns."""
+    source: Text
+    """Where the means come from: a paper's table, or how many of the rows were counted."""
+
+
 KINDS: dict[str, type[Section]] = {"files": Files, "hub": Hub, "python": Python}
 """What a source can be, by the key that says so."""
 
@@ -80,6 +91,8 @@ class Card(Section):
     """What is in it, in a few sentences."""
     rows: dict[StrictStr, StrictInt] | None = None
     """Rows per split, as published."""
+    tokens: Tokens | None = None
+    """Mean tokens per row, which `llama-ft plan` estimates with before the rows are fetched."""
     _path: Path = PrivateAttr(default=Path())
 
     @property

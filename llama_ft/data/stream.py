@@ -28,8 +28,9 @@ CHUNK = 100
 
 @dataclass
 class DocumentStream:
-    """An endless stream of documents `{"input_ids", "labels"}` (int32 [tokens]). Picklable.
+    """An endless stream of documents `{"input_ids", "labels"}` (int32 [tokens]) with `source`, `row` and `part`.
 
+    Picklable.
     `weights`: how often a source is drawn from, relative to the others. `allowed`: preflight faults that were accepted.
     """
 
@@ -66,16 +67,17 @@ class DocumentStream:
             problems.raise_if_any()
             for name, (_, row, detail) in chunk.faults.items():
                 self._stop(name, source.where(row), detail)
-            columns = (chunk.batch[name].to_pylist() for name in ("overlaps", "row"))
+            columns = (chunk.batch[name].to_pylist() for name in ("overlaps", "row", "part"))
             ids, labels = (chunk.batch[name].to_numpy(zero_copy_only=False) for name in ("input_ids", "labels"))
-            for one_ids, one_labels, overlaps, row in zip(ids, labels, *columns, strict=True):
+            for one_ids, one_labels, overlaps, row, part in zip(ids, labels, *columns, strict=True):
                 if overlaps and self.mixture.decontaminate:
                     continue
                 if overlaps:
                     leak = Leak.read(overlaps)
                     self._stop(f"{leak.kind}-in-train", source.where(row), leak.where)
                 # Copies: a view would keep its whole chunk alive in the shuffle buffer.
-                yield {"input_ids": one_ids.copy(), "labels": one_labels.copy()}
+                own = {"source": number, "row": row, "part": part}
+                yield {"input_ids": one_ids.copy(), "labels": one_labels.copy(), **own}
         problems.raise_if_any()
         if not source.unchanged():
             raise UserError(

@@ -191,6 +191,10 @@ def _settings(run: Run) -> str:
         ("weights", f"base {recipe.model.dtype}, computed in {lock.get('compute_dtype', '?')}"),
         ("seed", str(training.seed)),
     ]
+    result = lock.get("result", {})
+    if result.get("checkpoint") == "best":
+        said = f"after step {result['step']}, where the held-out loss was lowest ({result['held_out_loss']:.4f})"
+        rows.append(("result", said))
     if recipe.adapter.method != "full":
         adapter = recipe.adapter
         targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)

@@ -18,7 +18,9 @@ import transformers
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llama_ft.adapters.merge import LoraFile, disk_fault, merge_adapter, read_lora
+from llama_ft.adapters.lora_file import LoraFile, read_lora
+from llama_ft.adapters.merge import disk_fault, merge_adapter
+from llama_ft.adapters.quantised import requantised
 from llama_ft.data.prepare import Prepared, inspect_data
 from llama_ft.errors import Problem, UserError
 from llama_ft.export.card import write_card
@@ -27,7 +29,15 @@ from llama_ft.export.prompts import Prompt, choose_prompts, template_faults
 from llama_ft.export.proof import Document, Seen, compare, compare_answers, observe, pick_device
 from llama_ft.export.table import print_proof
 from llama_ft.export.tolerance import TOLERANCES, judge
-from llama_ft.export.trained import base_folder, check_live, check_scale, full_model, newest_weights, read_back
+from llama_ft.export.trained import (
+    base_folder,
+    check_live,
+    check_quantised,
+    check_scale,
+    full_model,
+    newest_weights,
+    read_back,
+)
 from llama_ft.files import publish, write_json
 from llama_ft.llama.checkpoints.shards import stored_tensors
 from llama_ft.llama.load import DTYPES, load_config
@@ -62,6 +72,18 @@ class _Job:
     prepared: Prepared
     dtype: str
     live: PreTrainedModel | PeftModel | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where a quantised base is made again: where it was trained if that is at hand."""
+        if self.live is not None:
+            return self.live.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The type that training computed in."""
+        return DTYPES[self.run.lock.get("compute_dtype", "float32")]
 
     @property
     def stop(self) -> list[int]:
@@ -105,10 +127,8 @@ def _open(run: Run, live: PreTrainedModel | PeftModel | None) -> _Job:
     """Everything that can be refused before a byte is written."""
     recipe = run.recipe
     method = recipe.adapter.method
-    if method not in ("full", "lora"):
-        raise UserError(f"this version cannot merge {method}", where=str(run.path), key="adapter.method")
     lora = None
-    if method == "lora":
+    if method != "full":
         if not run.adapter.is_dir():
             hint = "finish it: llama-ft train RECIPE" + (" --resume" if run.steps() else "")
             raise UserError(f"{run.path} has no adapter/: its training did not end", hint=hint)
@@ -130,7 +150,17 @@ def _write(job: _Job, staged: Path) -> None:
     """Weights and what goes beside them into `staged`."""
     recipe, dtype = job.run.recipe, DTYPES[job.dtype]
     if job.lora is not None:
-        merge_adapter(job.base, job.lora, staged, base_dtype=DTYPES[recipe.model.dtype], dtype=dtype)
+        requantise = None
+        if recipe.adapter.method == "qlora":
+            requantise = requantised(recipe.adapter, job.device, job.compute)
+        merge_adapter(
+            job.base,
+            job.lora,
+            staged,
+            base_dtype=DTYPES[recipe.model.dtype],
+            dtype=dtype,
+            requantise=requantise,
+        )
     elif job.live is not None:
         job.run.merged.rename(staged)  # the trainer has just written it; it comes back when the proof has passed
     else:
@@ -174,6 +204,10 @@ def _adapter_facts(job: _Job) -> dict[str, Any] | None:
     if job.lora is None:
         return None
     facts = {"tensors": job.lora.tensors, "nonzero": True, "scale": job.lora.scale, "sha256": job.lora.sha256}
+    adapter = job.run.recipe.adapter
+    if adapter.method == "qlora":
+        double = " with double quantisation" if adapter.bits == 4 and adapter.double_quant else ""
+        facts["merged_into"] = f"the base out of {'NF4' if adapter.bits == 4 else 'LLM.int8()'}{double}"
     return {**facts, "equals_memory": True if job.live is not None else None}
 
 
@@ -183,9 +217,11 @@ def _ask_trained(job: _Job, documents: list[Document], prompts: list[Prompt]) ->
     if job.lora is None:
         model = full_model(job.run, job.live)
     else:
-        read = read_back(job.base, job.lora, job.run.recipe)
+        read = read_back(job.base, job.lora, job.run.recipe, job.compute, job.device)
         if job.live is not None:
             check_live(job.live, read)
+        if job.run.recipe.adapter.method == "qlora":
+            check_quantised(read, job.run, job.device)
         model = read.get_base_model()  # PEFT has put its layers into it
     if model is not job.live:
         model = model.to(pick_device(model))

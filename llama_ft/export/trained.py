@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from llama_ft.adapters.merge import LoraFile
+from llama_ft.adapters.base import load_base
+from llama_ft.adapters.lora import prepare_forward
+from llama_ft.adapters.lora_file import LoraFile
+from llama_ft.adapters.quantised import digest, known_as_quantised, without_quantisation
 from llama_ft.errors import Problem, UserError
 from llama_ft.llama.base import locate_base
-from llama_ft.llama.load import DTYPES, load_model
+from llama_ft.llama.load import load_model
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 
@@ -36,31 +41,38 @@ def base_folder(run: Run) -> Path:
 
 def check_scale(lora: LoraFile, recipe: Recipe) -> None:
     """The saved adapter multiplies its update by what the recipe says: a changed alpha would rescale all of it."""
-    wanted = float(recipe.adapter.alpha) / recipe.adapter.r
+    adapter = recipe.adapter
+    wanted = float(adapter.alpha) / (math.sqrt(adapter.r) if adapter.rslora else adapter.r)
     if abs(lora.scale - wanted) > 1e-9 * wanted:
+        formula = "alpha / √r" if adapter.rslora else "alpha / r"
         raise UserError(
-            f"the adapter's scale is {lora.scale:g}, the recipe's alpha / r is {wanted:g}",
+            f"the adapter's scale is {lora.scale:g}, the recipe's {formula} is {wanted:g}",
             where=str(lora.path / "adapter_config.json"),
             hint="the file was changed after training: set lora_alpha and r back",
         )
 
 
-def read_back(base: Path, lora: LoraFile, recipe: Recipe) -> PeftModel:
-    """Base + adapter through PEFT on our LLaMA, computing in float32 with the weights that training computed with.
+def read_back(base: Path, lora: LoraFile, recipe: Recipe, compute: torch.dtype, device: torch.device) -> PeftModel:
+    """Base + adapter through PEFT on our LLaMA, in float32 with the weights that training computed with.
 
-    Raises UserError if PEFT did not take up every tensor of the adapter bit for bit, or scales it otherwise.
+    compute, device: what a quantised base was trained in, and is quantised on again; it is left so. Raises UserError if
+    PEFT did not take up every tensor of the adapter bit for bit, or scales it otherwise.
     """
-    model = load_model(
-        base,
-        DTYPES[recipe.model.dtype],
-        compute_dtype=torch.float32,
-        rope_scaling=recipe.model.rope_scaling,
-        max_length=recipe.sequence.max_length,
-    )
-    peft_model = PeftModel.from_pretrained(model, str(lora.path))
+    rows = len(lora.whole.get("model.embed_tokens.weight", ()))
+    model = load_base(base, recipe, compute if recipe.adapter.method == "qlora" else torch.float32, device, rows=rows)
+    with known_as_quantised(model, recipe.adapter) if recipe.adapter.method == "qlora" else nullcontext():
+        peft_model = PeftModel.from_pretrained(model, str(lora.path))
+    prepare_forward(peft_model)
     modules = peft_model.get_base_model().named_modules()
     layers = {name: layer for name, layer in modules if isinstance(layer, LoraLayer)}
     problems = []
+    state: Any = get_peft_model_state_dict(peft_model)
+    wanted = {f"base_model.model.{name}": tensor for name, tensor in lora.whole.items()}
+    for name, tensor in lora.magnitudes.items():
+        wanted[f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector"] = tensor
+    for name, tensor in wanted.items():
+        if name not in state or not torch.equal(state[name].cpu().float(), tensor):
+            problems.append(Problem(f"PEFT read another {name} than the file holds", str(lora.path)))
     for name in sorted({f"{layer}.weight" for layer in layers} ^ lora.factors.keys()):
         problems.append(Problem(f"PEFT and the adapter's file disagree about {name}", str(lora.path)))
     for name, layer in layers.items():
@@ -101,6 +113,22 @@ def check_live(live: nn.Module, read: nn.Module) -> None:
         raise UserError(
             [Problem(f"what was saved is not what was trained: {what}{more}") for what in differing[:_SHOWN]]
         )
+
+
+def check_quantised(read: PeftModel, run: Run, device: torch.device) -> None:
+    """The base was quantised again to the very values that training computed with; it is plain afterwards.
+
+    Raises UserError where it was not: what was trained can then not be merged here. LLM.int8() also rounds the inputs
+    of a layer, in training as in serving; merged weights are compared with its weights alone.
+    """
+    noted, found = run.lock.get("base_digest"), digest(read)
+    if noted is not None and noted != found:
+        raise UserError(
+            f"quantised on this machine ({device.type}) the base is not the one that was trained on",
+            where=str(run.lock_file),
+            hint=f"its files changed, or the machine does: the run was trained on {run.lock.get('device')}",
+        )
+    without_quantisation(read)
 
 
 def full_model(run: Run, live: PreTrainedModel | PeftModel | None) -> PreTrainedModel:

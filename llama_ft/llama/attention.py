@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 
 from llama_ft.llama.kernels import FUNCTIONS, Spans, choose_kernel
@@ -28,6 +29,12 @@ class Heads:
     query: int
     key_value: int
     dim: int
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> Heads:
+        """Those of a config; `head_dim` defaults to hidden_size / heads."""
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads, dim)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views q [N, H, D], k and v [N, KV, D] of a stacked projection [N, (H + 2·KV)·D]."""

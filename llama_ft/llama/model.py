@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from llama_ft.llama.attention import Cached, Heads, Packed, Rows
 from llama_ft.llama.fast import FEW_ROWS, Fast
 from llama_ft.llama.head import IGNORE, LossHead, shift_labels
+from llama_ft.llama.noise import add_noise
 from llama_ft.llama.ops import ELEMENTWISE
 from llama_ft.llama.packing import Packing
 from llama_ft.llama.projections import Project, multiplied_in, project, project_each
@@ -45,7 +46,7 @@ class LlamaAttention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        heads = heads_of(config)
+        heads = Heads.of(config)
         self.layer = layer
         self.project: Project = project
         bias = config.attention_bias
@@ -105,12 +106,6 @@ def add_into(product: Tensor, residual: Tensor) -> Tensor:
     return product.add_(residual) if product.dtype == residual.dtype else residual + product
 
 
-def heads_of(config: LlamaConfig) -> Heads:
-    """Head counts and size of a config; `head_dim` defaults to hidden_size / heads."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Heads(config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads, dim)
-
-
 class LlamaPreTrainedModel(PreTrainedModel):
     """What both classes tell transformers about themselves."""
 
@@ -152,7 +147,7 @@ class LlamaModel(LlamaPreTrainedModel):
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
-        self.heads = heads_of(config)
+        self.heads = Heads.of(config)
         self.fast = Fast()
         self.checkpoint_every = 1
         """With gradient checkpointing: recompute every layer (1), or every second one (2) …"""
@@ -256,6 +251,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.model = LlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
+        self.neftune_alpha: float | None = None
         self.post_init()
 
     def forward(
@@ -317,8 +313,11 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = labels.shape
         packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device)
+        tokens = packing.take(embeds)
+        if self.training and self.neftune_alpha:
+            tokens = add_noise(tokens, packing.bounds, self.neftune_alpha)
         targets = shift_labels(packing.take(labels), packing.bounds)
         labelled = (targets != IGNORE).nonzero().squeeze(-1)
-        hidden = self.model.forward_packed(packing.take(embeds), packing.positions, packing.bounds, labelled)
+        hidden = self.model.forward_packed(tokens, packing.positions, packing.bounds, labelled)
         total = self.lm_head(hidden, targets[labelled], fast=self.model.fast.head)
         return total / (max(len(labelled), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -138,8 +138,8 @@ class Training(Section):
     """Decoupled weight decay."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient's global norm; 0 switches clipping off."""
-    max_spike: Positive | None = 5.0
-    """Stop where a step's loss is this many nats above the median of the 20 before it; null goes on."""
+    max_spike: NonNegative = 5.0
+    """Stop where a step's loss is this many nats above the median of the 20 before it; 0 goes on."""
     neftune_alpha: Positive | None = None
     """NEFTune: uniform noise of alpha / √(tokens · width) on a document's embeddings (arXiv 2310.05914); null: none."""
     gradient_checkpointing: StrictBool | Literal["selective"] = False

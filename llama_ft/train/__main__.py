@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run in the same folder")
     parser.add_argument("--allow", action="append", default=[], metavar="NAME", help="accept a preflight fault by name")
+    parser.add_argument(
+        "--compute-dtype", choices=["float32", "bfloat16", "float16"], help="hold weights in it, as an earlier run did"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args()
     # The libraries' deprecation notes are for us, not for the user; faults of ours are errors, not warnings.
@@ -30,7 +33,13 @@ def main() -> None:
             recipe = load_recipe(arguments.recipe, arguments.overrides)
             from llama_ft.train.run import train_recipe
 
-            train_recipe(recipe, resume=arguments.resume, overwrite=arguments.overwrite, allow=arguments.allow)
+            train_recipe(
+                recipe,
+                resume=arguments.resume,
+                overwrite=arguments.overwrite,
+                allow=arguments.allow,
+                compute_dtype=arguments.compute_dtype,
+            )
     except SystemExit as stop:
         report_status(stop.code if isinstance(stop.code, int) else 1)
         raise

@@ -7,6 +7,7 @@ where it began: there base/ holds config and tokenizer alone.
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,20 @@ from peft import PeftModel
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import set_seed
 
-from llama_ft.adapters.lora import attach_lora, target_modules
-from llama_ft.errors import UserError
+from llama_ft.adapters.base import load_base
+from llama_ft.adapters.lora import attach_lora
+from llama_ft.adapters.quantised import digest
+from llama_ft.adapters.sizes import is_frozen, trained_weights, weight_names
+from llama_ft.errors import Problem, UserError, did_you_mean
 from llama_ft.files import publish
+from llama_ft.llama.attention import Heads
 from llama_ft.llama.base import locate_base
 from llama_ft.llama.checkpoints.shards import write_model
 from llama_ft.llama.context import context_length, original_context, scale_rope
 from llama_ft.llama.fast import Fast
 from llama_ft.llama.init import initial_weights, resize_embeddings, weight_shapes
 from llama_ft.llama.kernels import choose_kernel
-from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype, load_config, load_model
-from llama_ft.llama.model import heads_of
+from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype, load_config
 from llama_ft.llama.shapes import PRESETS, Shape
 from llama_ft.recipe.rope import too_long
 from llama_ft.recipe.run import Run
@@ -52,13 +56,17 @@ class Base:
     @property
     def parameters(self) -> int:
         """Weights of the base, rows for added tokens included."""
-        return self._shape.parameters
+        return self.shape.parameters
 
     @property
     def trained(self) -> int:
         """Weights that training changes."""
-        adapter = self.recipe.adapter
-        return self.parameters if self.full else self._shape.lora_parameters(adapter.r, target_modules(adapter.targets))
+        return trained_weights(self.shape, self.recipe.adapter, new_tokens=self.grown)
+
+    @property
+    def grown(self) -> bool:
+        """Whether the tokenizer has tokens that the base does not know."""
+        return self.vocabulary > self.config.vocab_size
 
     @property
     def written(self) -> int:
@@ -66,15 +74,17 @@ class Base:
         return self.parameters * DTYPES[self.recipe.model.dtype].itemsize if self.new and not self.full else 0
 
     @property
-    def _shape(self) -> Shape:
+    def shape(self) -> Shape:
+        """Sizes of the base, rows for added tokens included."""
         return Shape.of_config({**self.config.to_dict(), "vocab_size": self.vocabulary})
 
 
 def open_base(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerFast, *, resume: bool = False) -> Base:
     """Finds what a run starts from, or decides what it will make, and checks that tokenizer and recipe fit it.
 
-    No weights are read. Raises UserError when the base cannot be reached, does not read documents that long, or has
-    fewer tokens than the tokenizer where only an adapter is trained; when a run that is resumed has lost its base/.
+    No weights are read. Raises UserError when the base cannot be reached or does not read documents that long, when
+    `adapter.freeze` names what it does not have or leaves nothing to train, or when a run that is resumed has lost its
+    base/.
     """
     new = recipe.model.starts_new
     if new:
@@ -97,14 +107,23 @@ def open_base(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerFast, *, r
         raise UserError(fault[0], key="sequence.max_length", hint=fault[1])
     if scaling is not None:
         scale_rope(config, scaling, recipe.sequence.max_length)
-    vocabulary = max(config.vocab_size, len(tokenizer))
-    if vocabulary > config.vocab_size and recipe.adapter.method != "full":
-        raise UserError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the base model {config.vocab_size:,}",
-            key="model.tokenizer",
-            hint="use the base model's own tokenizer; adapter: {method: full} can learn new tokens, an adapter cannot",
-        )
-    return Base(recipe, folder, config, vocabulary, new)
+    base = Base(recipe, folder, config, max(config.vocab_size, len(tokenizer)), new)
+    _check_frozen(base)
+    return base
+
+
+def _check_frozen(base: Base) -> None:
+    """Every pattern of `adapter.freeze` stands for some weights, and something is left to train."""
+    names = list(weight_names(base.shape))
+    problems = []
+    for number, pattern in enumerate(base.recipe.adapter.freeze):
+        if not any(re.search(pattern, name) for name in names):
+            hint = did_you_mean(pattern, {part for name in names for part in name.split(".")}, kind="parts of names")
+            problems.append(Problem(f"the base has no weight like '{pattern}'", None, f"adapter.freeze.{number}", hint))
+    if not problems and base.full and not base.trained:
+        problems.append(Problem("every weight is frozen: nothing is trained", None, "adapter.freeze"))
+    if problems:
+        raise UserError(problems)
 
 
 def _new_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -144,10 +163,11 @@ def write_base(base: Base, tokenizer: PreTrainedTokenizerFast) -> None:
 
 @dataclass
 class Loaded:
-    """A model ready to train, and the type it is held in."""
+    """A model ready to train, the type it is held in, and the fingerprint of a quantised base."""
 
     model: PreTrainedModel | PeftModel
     compute_dtype: torch.dtype
+    base_digest: str | None = None
 
 
 def load_for_training(base: Base, device: torch.device, compute_dtype: str | None) -> Loaded:
@@ -162,24 +182,31 @@ def load_for_training(base: Base, device: torch.device, compute_dtype: str | Non
     else:
         # Full tuning needs float32 masters: an update of 1e-5 is lost in a 16-bit weight.
         compute = torch.float32 if base.full else choose_compute_dtype(dtype, device)
+        if device.type == "cpu" and trains_base_weights(base):
+            compute = torch.float32  # there is no autocast here that would bring the two types together
         compute = broadcast_object_list([compute])[0]  # near the threshold, ranks could find differently
     # Full tuning on a GPU multiplies in the recipe's type under autocast, whatever its weights are held in.
     multiplied = dtype if device.type == "cuda" else compute
-    choose_kernel(recipe.model.attention, device, multiplied, heads_of(base.config).dim, training=True)
+    choose_kernel(recipe.model.attention, device, multiplied, Heads.of(base.config).dim, training=True)
     if base.new and base.full:
         model = build_random(base.config, recipe.training.seed)
     else:
-        model = load_model(
-            base.folder,
-            torch.float32 if base.full else dtype,
-            compute_dtype=compute,
-            rope_scaling=recipe.model.rope_scaling,
-            max_length=recipe.sequence.max_length,
-        )
-    if base.vocabulary > base.config.vocab_size:
+        model = load_base(base.folder, recipe, compute, device)
+    if base.grown:
         resize_embeddings(model, base.vocabulary)
     model.config.use_cache = False
     model.model.set_fast(Fast(attention=recipe.model.attention))
     model.model.checkpoint_every = 2 if recipe.training.gradient_checkpointing == "selective" else 1
+    model.neftune_alpha = recipe.training.neftune_alpha
     set_seed(recipe.training.seed)
-    return Loaded(model if base.full else attach_lora(model, recipe.adapter), compute)
+    if base.full:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not is_frozen(name, recipe.adapter))
+        return Loaded(model, compute)
+    base_digest = digest(model) if recipe.adapter.method == "qlora" else None
+    return Loaded(attach_lora(model, recipe.adapter, new_tokens=base.grown), compute, base_digest)
+
+
+def trains_base_weights(base: Base) -> bool:
+    """Whether weights of the base itself are trained: all of them, or some beside an adapter."""
+    return base.full or base.grown or bool(base.recipe.adapter.modules_to_save)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,22 +14,20 @@ from llama_ft.errors import MachineFault, UserError
 from llama_ft.recipe.run import Run
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""Folders that trackers (llama_ft/train/trackers.py) leave in a run."""
+WATCHED = ("report.html", "status.json", "measured.json", "warnings.json", "mlflow.db", "mlflow.id")
+"""Files that a run leaves besides its results."""
 ADAM_BYTES = 8
 """Two float32 moments per trained parameter (arXiv 1412.6980)."""
 
 
-def check_run_folder(run: Run, *, resume: bool, overwrite: bool) -> int | None:
-    """The step to resume from, or None for a fresh start. UserError if a run is there and neither flag is set."""
+def check_run_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
+    """UserError if a run is there and neither flag is set, or both; what --resume finds is looked at later."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other", hint="give one of them")
     exists = run.recipe_file.exists() or run.checkpoints.exists()
-    if resume:
-        steps = run.steps()
-        if not steps:
-            found = "a run without a whole checkpoint" if exists else "no run"
-            raise UserError(f"{run.path} holds {found} to resume", hint="start it without --resume")
-        return steps[-1]
-    if exists and not overwrite:
+    if exists and not resume and not overwrite:
         steps = run.steps()
         state = f"checkpoint step-{steps[-1]}" if steps else "no checkpoint"
         raise UserError(
@@ -38,7 +35,6 @@ def check_run_folder(run: Run, *, resume: bool, overwrite: bool) -> int | None:
             key="output_dir",
             hint="go on with --resume, replace it with --overwrite, or set output_dir=…",
         )
-    return None
 
 
 def check_same_data(lock: dict[str, Any], hashes: dict[str, Any], run: Run) -> None:
@@ -63,9 +59,9 @@ def _contents(hashes: Any) -> Any:
 
 def clear_run_folder(run: Run) -> None:
     """Removes what an earlier run left; anything else in the folder stays."""
-    for entry in ("base", "checkpoints", "adapter", "merged", "merged.rejected", "gguf", "eval", "tensorboard"):
+    for entry in ("base", "checkpoints", "adapter", "merged", "merged.rejected", "gguf", "eval", "faults", *TRACKERS):
         shutil.rmtree(run.path / entry, ignore_errors=True)
-    for entry in ("metrics.jsonl", "export.json", "loss.png", "README.md", "run.lock.json", "recipe.yaml"):
+    for entry in ("metrics.jsonl", "export.json", "loss.png", "README.md", "run.lock.json", "recipe.yaml", *WATCHED):
         (run.path / entry).unlink(missing_ok=True)
 
 
@@ -112,28 +108,33 @@ def disk_faults(run: Run) -> Iterator[None]:
     """Turns a disk that fails while a run is under way into a MachineFault that says what is whole and how to go on."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
-        full = isinstance(error, OSError) and error.errno in DISK_ERRORS
-        if not full and not (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_disk_fault(error):
             raise
-        steps = run.steps()
-        kept = f"checkpoint step-{steps[-1]} is whole" if steps else "there was no checkpoint yet"
-        again = "--resume" if steps else "--overwrite"
-        raise MachineFault(
-            f"the disk failed: {error}", where=str(run.path), hint=f"{kept}; free some space, then go on with {again}"
-        ) from error
+        mend = "free some space" if "space" in str(error) else "mend the disk"
+        hint = f"{mend}; {how_to_go_on(run)}"
+        raise MachineFault(f"the disk failed: {error}", where=str(run.path), hint=hint) from error
 
 
-def check_launch() -> None:
-    """Refuses a launch that silently became something else.
+def how_to_go_on(run: Run) -> str:
+    """Where a run that ended early stands, and the command that goes on."""
+    steps = run.steps()
+    if steps:
+        return f"checkpoint step-{steps[-1]} is whole, go on with the same command and --resume"
+    if run.recipe_file.exists():
+        return "there is no checkpoint yet, start again with the same command and --resume"
+    return "nothing is lost, start again with the same command"
 
-    accelerate's simple launcher names a rendezvous address but no world size when it drops the other processes that
-    its config asked for: on a CPU `distributed_type: MULTI_CPU` with two processes trains with one, without a word.
+
+def is_disk_fault(error: Exception) -> bool:
+    """Whether a disk that is full, read-only or broken lies behind an error, whoever raised it.
+
+    Python says so by a number, safetensors and tokenizers by the same number in their text, and torch's zip writer only
+    that it could not write.
     """
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "the launcher was asked for several processes and started one",
-            key="launch",
-            hint="on a CPU use accelerate_configs/cpu.yaml, or start the processes with torchrun",
-        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in DISK_ERRORS
+    text = str(error)
+    return "PytorchStreamWriter" in text or any(f"(os error {number})" in text for number in DISK_ERRORS)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
+import math
 import time
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llama_ft.recipe.run import Run
@@ -48,24 +49,67 @@ class Metrics(TrainerCallback):
             self.file.flush()
 
 
+RECENT = 20
+"""Steps whose mean time tells how long the rest will take: start-up and what the machine did long ago do not count."""
+
+
+class TimeLeft:
+    """What is left of a run, from the time of its last RECENT steps and of its last evaluation."""
+
+    def __init__(self) -> None:
+        self.steps: deque[float] = deque(maxlen=RECENT)
+        self.evaluation = 0.0
+        self.last: float | None = None
+        self.evaluated = False
+
+    def step(self, seconds: float, now: float) -> None:
+        """A step of `seconds` has ended at `now`; saving and waiting for data count with it, an evaluation apart."""
+        passed = seconds if self.last is None else now - self.last
+        if self.evaluated and self.last is not None:
+            self.evaluation = max(passed - seconds, 0.0)
+            passed = seconds
+        self.steps.append(passed)
+        self.last, self.evaluated = now, False
+
+    def evaluation_took(self, seconds: float) -> None:
+        """The loss of an evaluation took so long; the next step tells what else it cost (answers, a checkpoint)."""
+        self.evaluation = max(self.evaluation, seconds)
+        self.evaluated = True
+
+    def left(self, steps: int, evaluations: int) -> float:
+        """Seconds for so many steps and evaluations more."""
+        mean = sum(self.steps) / len(self.steps) if self.steps else 0.0
+        return mean * steps + self.evaluation * evaluations
+
+
+class Bar(Progress):
+    """rich's bar, and the figures of the last step on a line of their own, which may wrap."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures)
+
+
 class ProgressLine(TrainerCallback):
-    """A rich bar on a terminal, one plain line per step elsewhere: loss, labelled tokens/s, memory, time left."""
+    """A rich bar on a terminal, one plain line per step elsewhere.
+
+    Loss, the last held-out loss, labelled tokens/s, memory, fraction of the machine, time left.
+    """
 
     def __init__(self, console: Console):
         self.console = console
-        self.progress: Progress | None = None
+        self.animated = console.is_terminal and not console.is_dumb_terminal
+        self.progress: Bar | None = None
         self.task: Any = None
-        self.started = 0.0
-        self.first_step = 0
+        self.time = TimeLeft()
+        self.held_out: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
-        if not state.is_world_process_zero:
-            return
-        self.started = time.perf_counter()
-        self.first_step = state.global_step
-        if self.console.is_terminal:
+        if state.is_world_process_zero and self.animated:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-            self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
+            self.progress = Bar(*columns, console=self.console, refresh_per_second=4)
             self.task = self.progress.add_task("…", total=state.max_steps, completed=state.global_step)
             self.progress.start()
 
@@ -73,23 +117,23 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            self.keep(state, f"held-out loss {logs['eval_loss']:.4f}")
+            self.held_out = logs["eval_loss"]
+            self.time.evaluation_took(logs.get("eval_seconds", 0.0))
+            self.keep(state, f"held-out loss {self.held_out:.4f}")
         elif "labelled_tokens_per_second" in logs:
-            rate = logs["labelled_tokens_per_second"]
-            done = state.global_step - self.first_step
-            left = (time.perf_counter() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-            memory = psutil.Process().memory_info().rss / 2**30
-            self.update(
-                state,
-                f"loss {logs['loss']:.4f} · {rate:.0f} labelled tokens/s · {memory:.1f} GiB · {_minutes(left)} left",
-            )
+            self.time.step(logs["seconds"], time.perf_counter())
+            steps = state.max_steps - state.global_step
+            every = args.eval_steps or math.inf if args.eval_strategy != "no" else math.inf
+            to_come = state.max_steps // every - (state.global_step - 1) // every  # this step's own is one of them
+            self.update(state, figures(logs, self.held_out), f"{_minutes(self.time.left(steps, int(to_come)))} left")
 
-    def update(self, state: TrainerState, text: str) -> None:
+    def update(self, state: TrainerState, text: str, left: str) -> None:
         """The line of the step just done: the bar's text, or a line of its own."""
         if self.progress is None:
-            print(f"step {state.global_step}/{state.max_steps} · {text}", flush=True)
+            print(f"step {state.global_step}/{state.max_steps} · {text} · {left}", flush=True)
         else:
-            self.progress.update(self.task, completed=state.global_step, description=text)
+            self.progress.figures = text
+            self.progress.update(self.task, completed=state.global_step, description=left)
 
     def keep(self, state: TrainerState, text: str) -> None:
         """A line that stays on the terminal above the bar."""
@@ -106,41 +150,24 @@ class ProgressLine(TrainerCallback):
             self.progress = None
 
 
+def figures(logs: dict[str, Any], held_out: float | None) -> str:
+    """A training line in words."""
+    parts = [f"loss {logs['loss']:.4f}"]
+    if held_out is not None:
+        parts.append(f"held-out {held_out:.4f}")
+    parts.append(f"{logs['labelled_tokens_per_second']:,.0f} labelled tokens/s")
+    if "memory_gib" in logs:
+        reserved = f" of {logs['memory_reserved_gib']:.1f}" if "memory_reserved_gib" in logs else ""
+        parts.append(f"{logs['memory_gib']:.1f}{reserved} GiB")
+    if "fraction_of_machine" in logs:
+        parts.append(f"{logs['fraction_of_machine']:.0%} of the machine")
+    return " · ".join(parts)
+
+
 def _minutes(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class StopCleanly(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        self.previous: dict[int, Any] = {}
-
-    def install(self) -> None:
-        """Takes over SIGINT and SIGTERM until :meth:`restore`."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self._on_signal)
-
-    def restore(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous.clear()
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-        print(f"\n{self.asked}: stopping after this step, with a checkpoint …", file=sys.stderr, flush=True)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
-        if self.asked and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
 
 
 def plot_losses(run: Run) -> Path:

@@ -41,6 +41,7 @@ def print_report(run: Run, proof: Export | None, console: Console) -> None:
     shown = relative(run.path)
     if proof is not None:
         say(f"{'proof':14}passed, {shown}/export.json")
+    say(f"{'report':14}{shown}/report.html")
     say(f"{'run':14}{shown}")
     say(f"{'next':14}llama-ft chat {shown}")
 

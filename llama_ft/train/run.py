@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ import psutil
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import TrainerCallback
 
 from llama_ft.data.batches import PackedCollator, PaddedCollator
 from llama_ft.data.prepare import Prepared, prepare_data
 from llama_ft.data.show import rows_line
-from llama_ft.errors import UserError
 from llama_ft.export.run import Export, export_run
 from llama_ft.files import write_json, write_text
 from llama_ft.llama.load import DTYPES
@@ -27,64 +24,122 @@ from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.trainable import check_trainable
 from llama_ft.train.adapter import save_adapter, save_full
-from llama_ft.train.base import Base, Loaded, load_for_training, open_base, write_base
+from llama_ft.train.base import Base, load_for_training, open_base, trains_base_weights, write_base
 from llama_ft.train.checks import (
     check_disk,
-    check_launch,
     check_run_folder,
     check_same_data,
     check_writable,
     clear_run_folder,
     disk_faults,
 )
-from llama_ft.train.lock import commit, versions
-from llama_ft.train.progress import Metrics, ProgressLine, StopCleanly, plot_losses
+from llama_ft.train.ends import EndToken
+from llama_ft.train.engine import check_engine, check_launch, engine_of, settle_engine
+from llama_ft.train.fit import corrected_once
+from llama_ft.train.guards import Guard
+from llama_ft.train.lock import lock_contents
+from llama_ft.train.optimizer import check_optimizer
+from llama_ft.train.planned import cut_of_run, peak_bytes, plan_of_run, write_measured
+from llama_ft.train.progress import ProgressLine, plot_losses
 from llama_ft.train.report import print_report
+from llama_ft.train.resume import Resumed, note_result, open_resumed, record
 from llama_ft.train.samples import Samples
-from llama_ft.train.steps import EpochOrder, micro_batch_and_accumulation, with_silence
+from llama_ft.train.steps import EpochOrder, with_silence
+from llama_ft.train.stop import STOPPED, StopCleanly
+from llama_ft.train.trackers import check_trackers
 from llama_ft.train.trainer import LlamaTrainer, training_arguments
+from llama_ft.train.warn import Warnings
+from llama_ft.train.watch import Watch
 
 
-def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()) -> Run:
+def train_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow: Sequence[str] = (),
+    compute_dtype: str | None = None,
+) -> Run:
     """Trains a recipe in the processes the launcher started, exports and proves it. Returns the finished run.
 
     resume: go on from the newest whole checkpoint; overwrite: replace a run in the same folder; allow: preflight
-    faults to accept by name. Raises UserError for what the user can mend, MachineFault for what the machine did.
+    faults to accept by name; compute_dtype: the type that another run's weights were held in, in place of the one that
+    this machine finds the faster. Raises UserError for what the user can mend, MachineFault for what the machine did.
     A run stopped by Ctrl-C leaves through SystemExit(130) after its checkpoint.
     """
+    run = Run(Path(recipe.run_dir).resolve())
+    stop = StopCleanly(run)
+    stop.install()
+    try:
+        with disk_faults(run):
+
+            def train(micro_batch: int | None) -> None:
+                again = micro_batch is not None
+                flags = {"resume": resume and not again, "overwrite": overwrite or again}
+                began = {"compute_dtype": compute_dtype}
+                _train(run, recipe, stop, began, **flags, allow=allow, micro_batch=micro_batch)
+
+            corrected_once(train, recipe, run)
+    finally:
+        stop.restore()
+    return run
+
+
+def _train(
+    run: Run,
+    recipe: Recipe,
+    stop: StopCleanly,
+    lock: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    allow: Sequence[str],
+    micro_batch: int | None,
+) -> None:
     check_launch()
     check_trainable(recipe)
+    check_trackers(recipe)
+    check_optimizer(recipe)
     state = PartialState(cpu=not torch.cuda.is_available())
+    check_engine(engine_of(state))
     use_physical_cores(state)
     console = Console(quiet=not state.is_main_process)
-    run = Run(Path(recipe.run_dir).resolve())
-    step = check_run_folder(run, resume=resume, overwrite=overwrite)
+    check_run_folder(run, resume=resume, overwrite=overwrite)
+    resumed = open_resumed(run, recipe, state, console) if resume else Resumed()
+    step = resumed.step
     check_writable(run)
 
     with state.main_process_first(), rows_line(shown=state.is_main_process) as said:
         prepared = prepare_data(recipe, allow=allow, progress=said)
-    micro_batch, accumulation = micro_batch_and_accumulation(
-        recipe, prepared.lengths, state.num_processes, on_gpu=state.device.type == "cuda"
-    )
-    lock = began_with(run, prepared) if step else {}
-    if lock.get("world_size") == state.num_processes:  # `auto` was resolved once
-        micro_batch, accumulation = lock["micro_batch"], lock["accumulation"]
+    lock = began_with(run, prepared) if step else lock
     base = open_base(recipe, run, prepared.tokenizer, resume=step is not None)
+    planned = plan_of_run(base, prepared, state, micro_batch, lock.get("compute_dtype"))
+    kept = micro_batch is None and resumed.keeps("training.micro_batch")
+    micro_batch, accumulation = cut_of_run(planned, lock, state, kept=kept)
     documents = len(prepared.mixture)
     check_storage(base, run, documents, fresh=step is None)
     if base.new and step is None:
         if state.is_main_process:
             clear_run_folder(run)
-            with disk_faults(run):
-                write_base(base, prepared.tokenizer)
+            write_base(base, prepared.tokenizer)
         state.wait_for_everyone()
     loaded = load_for_training(base, state.device, lock.get("compute_dtype"))
-    arguments = training_arguments(recipe, run, micro_batch, accumulation, has_eval=prepared.eval is not None)
+    arguments = training_arguments(
+        recipe,
+        run,
+        micro_batch,
+        accumulation,
+        has_eval=prepared.eval is not None,
+        masters=trains_base_weights(base),
+    )
     if state.is_main_process and step is None:
         if not base.new:  # nothing of an earlier run is deleted before this one is known to start
             clear_run_folder(run)
         write_text(run.recipe_file, dump(recipe))
-        write_json(run.lock_file, lock_contents(base, prepared, loaded, state, micro_batch, accumulation))
+        lock = lock_contents(base, prepared, loaded, state, micro_batch, accumulation)
+        write_json(run.lock_file, lock | {"plan": planned.for_lock()})
+    elif state.is_main_process:
+        record(run, recipe, resumed, (state.num_processes, micro_batch, accumulation), console)
     everything = base.parameters if base.full else base.parameters + base.trained
     console.print(
         f"{recipe.name}: {counted(prepared)}, {base.trained:,} of {everything:,} weights trained, global batch "
@@ -95,33 +150,35 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         soft_wrap=True,
     )
 
-    stop = StopCleanly()
-    progress = ProgressLine(console)
-    callbacks: list[TrainerCallback] = [stop, progress]
-    if state.is_main_process:
-        callbacks += [Metrics(run, step or 0), *trackers(recipe, run)]
+    watch = Watch(run, base, loaded, prepared, state, console, step)
+    warnings = Warnings(run, recipe, console, step)
     trainer = LlamaTrainer(
         model=loaded.model,
         args=arguments,
         data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
         eval_dataset=prepared.eval.with_format("numpy") if prepared.eval is not None else None,
         processing_class=prepared.tokenizer,
-        callbacks=callbacks,
+        callbacks=[stop, *watch.callbacks, *([warnings] if state.is_main_process else [])],
         run=run,
+        recipe=recipe,
+        stop=stop,
+        guard=Guard(run, recipe, prepared),
+        ends=EndToken.of(prepared),
         **training_set(prepared, recipe, micro_batch, state.num_processes),
     )
-    samples = Samples(run, prepared) if state.is_main_process else None
-    if samples is not None and step is None:
-        samples.answer(loaded.model, "before")
+    settle_engine(trainer.accelerator, recipe, loaded.compute_dtype, console, warnings.say)
+    watch.ask(trainer)
     if prepared.eval is not None and step is None:
         trainer.evaluate()
-    with disk_faults(run):
-        train_until_done_or_stopped(trainer, run.checkpoint(step) if step else None, stop, progress)
+    with watch.status.kept(watch.callbacks):
+        train_until_done_or_stopped(trainer, run.checkpoint(step) if step else None, watch.progress)
+        trained_with = peak_bytes(state.device)
         if stop.asked:
             say_stopped(run, console)
-            raise SystemExit(130)
-        finish(trainer, prepared, run, console, samples)
-    return run
+            raise SystemExit(STOPPED)
+        finish(trainer, prepared, run, console, watch.samples, warnings)
+        if state.is_main_process:
+            write_measured(run, state, trainer.state.global_step, trained_with)
 
 
 def counted(prepared: Prepared) -> str:
@@ -147,15 +204,11 @@ def began_with(run: Run, prepared: Prepared) -> dict[str, Any]:
     return run.lock
 
 
-def train_until_done_or_stopped(
-    trainer: LlamaTrainer, checkpoint: Path | None, stop: StopCleanly, progress: ProgressLine
-) -> None:
-    """The loop itself, with the signals ours while it runs, and the terminal given back however it ends."""
-    stop.install()
+def train_until_done_or_stopped(trainer: LlamaTrainer, checkpoint: Path | None, progress: ProgressLine) -> None:
+    """The loop itself, with the terminal given back however it ends."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
-        stop.restore()
         progress.close()
 
 
@@ -168,10 +221,19 @@ def check_storage(base: Base, run: Run, documents: int, *, fresh: bool) -> None:
         run.path,
         trained=base.trained,
         parameters=base.parameters,
-        checkpoints=max(1, steps // recipe.training.save_every),
+        checkpoints=checkpoints_at_once(recipe, steps),
         merged_bytes=DTYPES[recipe.export.dtype or recipe.model.dtype].itemsize if recipe.export.merged else 0,
         base_bytes=base.written if fresh else 0,
     )
+
+
+def checkpoints_at_once(recipe: Recipe, steps: int) -> int:
+    """How many checkpoints a run of so many steps has on the disk at its fullest: while one is being written."""
+    training = recipe.training
+    written = max(1, steps // training.save_every)
+    if recipe.export.checkpoint == "best":
+        written += steps // training.eval_every
+    return written if training.keep_checkpoints is None else min(written, training.keep_checkpoints + 2)
 
 
 def use_physical_cores(state: PartialState) -> None:
@@ -179,56 +241,6 @@ def use_physical_cores(state: PartialState) -> None:
     if state.device.type == "cpu":
         cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
         torch.set_num_threads(max(1, cores // max(1, state.num_processes)))
-
-
-def trackers(recipe: Recipe, run: Run) -> list[TrainerCallback]:
-    """The callbacks that `tracking` names; transformers' own, TensorBoard's with its files inside the run."""
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    found: list[TrainerCallback] = []
-    for name in recipe.tracking:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            from transformers.integrations import TensorBoardCallback
-
-            found.append(TensorBoardCallback(tb_writer=SummaryWriter(log_dir=str(run.path / "tensorboard"))))
-        else:
-            try:
-                found.append(get_reporting_integration_callbacks([name])[0]())
-            except (ImportError, RuntimeError) as error:
-                raise UserError(
-                    f"tracking names '{name}', which is not installed",
-                    key="tracking",
-                    hint="pip install llama-ft[track]",
-                ) from error
-    return found
-
-
-def lock_contents(
-    base: Base, prepared: Prepared, loaded: Loaded, state: PartialState, micro_batch: int, accumulation: int
-) -> dict:
-    """See llama_ft.train.lock."""
-    recipe = base.recipe
-    return {
-        "name": recipe.name,
-        "seed": recipe.training.seed,
-        "base": recipe.model.base,
-        "base_folder": str(base.folder),
-        "init": "random" if base.new else "pretrained",
-        "revision": recipe.model.revision,
-        "compute_dtype": str(loaded.compute_dtype).removeprefix("torch."),
-        "documents": len(prepared.mixture) if prepared.stream is None else None,
-        "global_batch": recipe.training.global_batch,
-        "micro_batch": micro_batch,
-        "accumulation": accumulation,
-        "world_size": state.num_processes,
-        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else platform.processor() or "cpu",
-        "hashes": prepared.hashes,
-        "revisions": {source.label: source.revision for source in prepared.job.sources if source.revision},
-        "data": prepared.report.as_dict(),
-        "versions": versions(),
-        "commit": commit(),
-    }
 
 
 def say_stopped(run: Run, console: Console) -> None:
@@ -241,12 +253,20 @@ def say_stopped(run: Run, console: Console) -> None:
         console.print("go on with the same command and --resume", highlight=False)
 
 
-def finish(trainer: LlamaTrainer, prepared: Prepared, run: Run, console: Console, samples: Samples | None) -> None:
+def finish(
+    trainer: LlamaTrainer,
+    prepared: Prepared,
+    run: Run,
+    console: Console,
+    samples: Samples | None,
+    warnings: Warnings,
+) -> None:
     """Saves what was trained, reads it back, answers the held-out questions again, merges, proves, reports."""
     recipe = run.recipe
     trainer.accelerator.wait_for_everyone()
     if samples is None:  # only the main process writes
         return
+    note_result(run, trainer.settle_result(), console)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if recipe.adapter.method == "full":
         save_full(model, prepared.tokenizer, run, DTYPES[recipe.export.dtype or recipe.model.dtype])
@@ -254,5 +274,6 @@ def finish(trainer: LlamaTrainer, prepared: Prepared, run: Run, console: Console
         save_adapter(model, prepared.tokenizer, run)
     plot_losses(run)
     samples.answer(model, "after")
+    warnings.finished(model, samples)
     proof: Export | None = export_run(run, trained=model) if recipe.export.merged else None
     print_report(run, proof, console)

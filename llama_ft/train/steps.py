@@ -1,8 +1,8 @@
-"""How a run's documents are cut into steps: their order, and the micro-batches that make up a global batch."""
+"""The order in which a run's documents come, step by step. How a step is cut is llama_ft/plan/fit.py's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -12,8 +12,6 @@ from torch.utils.data import Sampler
 from llama_ft.data.mixture import Mixture
 from llama_ft.data.order import grouped_by_length
 from llama_ft.data.render import MASKED
-from llama_ft.errors import UserError
-from llama_ft.recipe.schema import Recipe
 
 
 class EpochOrder(Sampler[int]):
@@ -50,36 +48,3 @@ def with_silence(documents: datasets.Dataset) -> datasets.Dataset:
         masked = MASKED if name.endswith("labels") else 0
         silent[name] = [[masked] * 2 if isinstance(feature, datasets.List) else 0]
     return datasets.concatenate_datasets([documents, datasets.Dataset.from_dict(silent, features=documents.features)])
-
-
-def micro_batch_and_accumulation(
-    recipe: Recipe, lengths: Sequence[int] | np.ndarray, world_size: int, *, on_gpu: bool
-) -> tuple[int, int]:
-    """Documents per device per forward pass, and passes per step, so that their product is the global batch.
-
-    `auto` takes the largest divisor whose average pass stays within a token budget: on a CPU larger passes only cost
-    memory, on a GPU they fill it.
-    """
-    per_device, rest = divmod(recipe.training.global_batch, world_size)
-    if rest:
-        raise uneven(recipe.training.global_batch, world_size)
-    asked = recipe.training.micro_batch
-    if isinstance(asked, int):
-        wanted = asked
-    else:
-        budget = 8192 if on_gpu else 1024
-        mean = float(np.mean(lengths))
-        divisors = (n for n in range(per_device, 0, -1) if per_device % n == 0)
-        wanted = next((n for n in divisors if n * mean <= budget), 1)
-    if per_device % wanted:
-        raise uneven(recipe.training.global_batch, world_size * wanted)
-    return wanted, per_device // wanted
-
-
-def uneven(global_batch: int, parts: int) -> UserError:
-    """The error for a global batch that does not divide."""
-    return UserError(
-        f"global_batch {global_batch} cannot be split into {parts} equal parts",
-        key="training.global_batch",
-        hint=f"use a multiple of {parts}: processes × micro_batch must divide it",
-    )

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from llama_ft.adapters.lora import stack_projections
-from llama_ft.files import publish
 from llama_ft.llama.head import IGNORE
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
+from llama_ft.train.ends import EndToken
+from llama_ft.train.guards import Guard
+from llama_ft.train.optimizer import make_optimizer, make_schedule, optimizer_arguments
+from llama_ft.train.resumable import ResumableTrainer, kept_random_numbers
 from llama_ft.train.steps import EpochOrder
 
-ASIDE = ".writing"
 
+def training_arguments(
+    recipe: Recipe, run: Run, micro_batch: int, accumulation: int, *, has_eval: bool, masters: bool
+) -> SFTConfig:
+    """The recipe's `training` section in TRL's words. Our data is prepared already and our model owns its types.
 
-def training_arguments(recipe: Recipe, run: Run, micro_batch: int, accumulation: int, *, has_eval: bool) -> SFTConfig:
-    """The recipe's `training` section in TRL's words. Our data is prepared already and our model owns its types."""
+    masters: weights of the base itself are trained.
+    """
     training = recipe.training
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
@@ -34,19 +40,14 @@ def training_arguments(recipe: Recipe, run: Run, micro_batch: int, accumulation:
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
-        learning_rate=float(training.learning_rate),
-        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=float(training.warmup),
-        optim="adamw_torch_fused",
-        weight_decay=float(training.weight_decay),
-        max_grad_norm=float(training.max_grad_norm),
+        **optimizer_arguments(training),
         gradient_checkpointing=bool(training.gradient_checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         seed=training.seed,
-        # Full tuning keeps float32 master weights and multiplies in the recipe's type on a GPU; an adapter's frozen
-        # base is already stored in it. Autocast on a CPU would recast frozen weights at every call.
-        bf16=on_gpu and recipe.adapter.method == "full" and recipe.model.dtype == "bfloat16",
-        fp16=on_gpu and recipe.adapter.method == "full" and recipe.model.dtype == "float16",
+        # Trained weights of the base are float32 masters and are multiplied in the recipe's type on a GPU; an adapter's
+        # frozen base is already stored in it. Autocast on a CPU would recast frozen weights at every call.
+        bf16=on_gpu and masters and recipe.model.dtype == "bfloat16",
+        fp16=on_gpu and masters and recipe.model.dtype == "float16",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         logging_steps=1,
@@ -65,25 +66,21 @@ def training_arguments(recipe: Recipe, run: Run, micro_batch: int, accumulation:
     )
 
 
-class LlamaTrainer(SFTTrainer):
+class LlamaTrainer(ResumableTrainer):
     """Trains on documents that are ids and labels already.
 
-    The loss is the model's own head, which TRL would bypass; evaluation is the exact nll per labelled token; a
-    checkpoint is written aside and renamed, so that `checkpoints/step-N` is complete or absent.
+    The loss is the model's own head, which TRL would bypass; evaluation is the exact nll per labelled token.
     """
 
-    def __init__(self, *args: Any, run: Run, order: EpochOrder | None, **kwargs: Any):
-        self.order = order
+    def __init__(self, *args: Any, guard: Guard, ends: EndToken | None, **kwargs: Any):
+        self.guard, self.ends = guard, ends
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if isinstance(self.model, PeftModel) and self.args.device.type == "cuda" and not sharded:
             base: Any = self.model.get_base_model()
             stack_projections(base)  # the trainer has just moved the model to its device
-        self.run = run
-        self.tokens_seen = 0
-        self.labelled_seen = 0
-        self.step_began = (0.0, 0)
+        self.step_began = (0.0, 0, 0)
 
     def compute_loss(
         self,
@@ -98,10 +95,30 @@ class LlamaTrainer(SFTTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the engine averages gradients over ranks; we want their sum
         if model.training:
+            self.guard.add(loss)
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                self.guard.check(self, None)  # DeepSpeed's backward takes the step with it
             mask = inputs.get("attention_mask")
             self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
             self.labelled_seen += int((inputs["labels"] != IGNORE).sum())
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer; called by transformers once the model is where it trains."""
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            self.optimizer = make_optimizer(self, trained, self.recipe)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The recipe's learning rate over so many steps."""
+        if self.lr_scheduler is None:
+            followed: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = make_schedule(followed, self.recipe.training, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder | None:
         return self.order
@@ -109,27 +126,41 @@ class LlamaTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss: nats per labelled token over all of it, however it is batched. Logged as `eval_loss`."""
+        """Held-out loss: nats per labelled token over all of it, however it is batched. Logged as `eval_loss`.
+
+        The random numbers stand afterwards where they stood before. Answers {} where a signal came while training.
+        """
         start = time.perf_counter()
-        loss, labelled = self.nll(self.get_eval_dataloader(eval_dataset))
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_labelled_tokens": labelled,
-            f"{metric_key_prefix}_seconds": round(time.perf_counter() - start, 3),
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        metrics: dict[str, float] = {}
+        with kept_random_numbers(self.args.device):
+            measured = self.nll(self.get_eval_dataloader(eval_dataset))
+            if measured is not None:
+                metrics = {
+                    f"{metric_key_prefix}_loss": measured[0],
+                    f"{metric_key_prefix}_labelled_tokens": measured[1],
+                    f"{metric_key_prefix}_seconds": round(time.perf_counter() - start, 3),
+                }
+                if self.ends is not None:
+                    metrics[f"{metric_key_prefix}_end_probability"] = self.ends.probability(self)
+                self.log(metrics)
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.is_in_train:
+            self.after_evaluation(measured[0] if measured is not None else None)
         return metrics
 
     @torch.no_grad()
-    def nll(self, batches: Any) -> tuple[float, int]:
-        """(nats per labelled token, labelled tokens) over a data loader, summed over all ranks."""
+    def nll(self, batches: Any) -> tuple[float, int] | None:
+        """(nats per labelled token, labelled tokens) over a data loader, over all ranks; None if stopped on the way."""
         model: Any = self.model_wrapped if self.accelerator._models else self.model
         was_training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in batches:
+            if self.is_in_train and self.stop.agreed():
+                model.train(was_training)
+                return None
             inputs = self._prepare_inputs(batch)
+            inputs.pop("origins", None)
             total[0] += model(**inputs, num_items_in_batch=1).loss.double()
             total[1] += (inputs["labels"] != IGNORE).sum()
         model.train(was_training)
@@ -138,40 +169,36 @@ class LlamaTrainer(SFTTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Called once at the start of every optimizer step: the moment its clock starts."""
-        self.step_began = (time.perf_counter(), self.labelled_seen)
-        return super().get_batch_samples(*args, **kwargs)
+        self.step_began = (time.perf_counter(), self.tokens_seen, self.labelled_seen)
+        batches, labelled = super().get_batch_samples(*args, **kwargs)
+        self.guard.begin(batches)
+        return batches, labelled
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Called once per step, clipped or not, before the optimizer: the norm, if the step may be taken."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.guard.check(self, norm)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to every training line the tokens so far and the step's own time and rate, over all ranks."""
+        if "train_runtime" in logs:
+            return  # transformers' summary at the end counts only what was done since the last resume
         if "loss" in logs:
-            began, labelled_before = self.step_began
+            began, *before = self.step_began
             seconds = time.perf_counter() - began
-            counts = [self.tokens_seen, self.labelled_seen, self.labelled_seen - labelled_before]
-            totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum").tolist()
+            counts = [self.tokens_seen, self.labelled_seen]
+            counts += [now - then for now, then in zip(counts, before, strict=True)]
+            totals = self.over_all_ranks(*counts)
             logs |= {
                 "tokens": totals[0],
                 "labelled_tokens": totals[1],
                 "seconds": round(seconds, 4),
-                "labelled_tokens_per_second": round(totals[2] / seconds, 2),
+                "tokens_per_second": round(totals[2] / seconds, 2),
+                "labelled_tokens_per_second": round(totals[3] / seconds, 2),
             }
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL would write its own README.md beside the checkpoints at every save; the export writes ours once."""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run.checkpoints / ASIDE)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        aside = self.run.checkpoints / ASIDE
-        try:
-            if self.is_world_process_zero():
-                shutil.rmtree(aside, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                publish(aside / f"checkpoint-{self.state.global_step}", self.run.checkpoint(self.state.global_step))
-        finally:
-            if self.is_world_process_zero():  # another rank would remove it while this one still publishes
-                shutil.rmtree(aside, ignore_errors=True)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from llama_ft.adapters import merge as merge_module
-from llama_ft.adapters.merge import merge_adapter, read_lora
+from llama_ft.adapters.lora_file import read_lora
+from llama_ft.adapters.merge import merge_adapter
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.llama.checkpoints.shards import plan_shards, stored_tensors, write_model
 from tests.tiny_run import make_base
@@ -37,6 +38,8 @@ def adapter(base: Path, folder: Path, **config) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
+        elif "magnitude" in name or "modules_to_save" in name:
+            parameter.data.mul_(1 + 0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 
@@ -68,6 +71,35 @@ def test_equals_the_formula_and_pefts_merge(base, tmp_path, rs, scale):
     assert all(torch.equal(written[key], start[key]) for key in untouched)
     assert (result.tensors, result.adapted) == (len(start), 4)
     assert not list(tmp_path.glob(".*")), "nothing is left aside"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "target_modules": r"model\.layers\.1\..*_proj"},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head", "norm"]},
+        {"modules_to_save": ["input_layernorm"], "use_dora": True},
+    ],
+    ids=["DoRA", "DoRA, rsLoRA, a regex", "embedding", "head and norm", "norms and DoRA"],
+)
+def test_every_variant_equals_pefts_own_merge(tmp_path, tied, config):
+    if tied and "lm_head" in config.get("modules_to_save", ()):
+        pytest.skip("a tied head is trained as the embedding: PEFT would untie it")
+    base = make_base(tmp_path / "base", tied=tied)
+    if not tied:
+        config = {key: value for key, value in config.items() if key != "ensure_weight_tying"}
+    lora = read_lora(adapter(base, tmp_path / "a", **config))
+    expected = peft_merge(base, tmp_path / "a")
+    written = load_file(merge_adapter(base, lora, tmp_path / "out", **F32).path / "model.safetensors")
+    start = load_file(base / "model.safetensors")
+    assert written.keys() == start.keys()
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-6)
+    changed = {name for name in start if not torch.equal(written[name], start[name])}
+    assert changed >= lora.factors.keys() | lora.whole.keys() - {"lm_head.weight"}, "something trained was not merged"
 
 
 def test_merges_into_the_base_as_it_was_trained_and_rounds_once(base, tmp_path):
@@ -157,10 +189,11 @@ def test_a_writer_that_is_handed_the_wrong_tensor_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_dora": True}, "use_dora is true"),
+        ({"use_dora": True}, "has factors or a length, not both"),
         ({"bias": "all"}, 'bias is "all"'),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa"'),
-        ({"modules_to_save": ["lm_head"]}, 'modules_to_save is ["lm_head"]'),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, which the file does not hold"),
+        ({"target_modules": ["q_proj"]}, "holds factors of model.layers.0.mlp.down_proj.weight, which target_modules"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern is"),
         ({"lora_bias": True}, "lora_bias is true"),
@@ -168,7 +201,8 @@ def test_a_writer_that_is_handed_the_wrong_tensor_says_so(tmp_path):
         ({"invented_by_a_later_peft": 1}, "invented_by_a_later_peft is 1"),
         ({"peft_type": "LOHA"}, "'LOHA' adapter"),
         ({"r": 0}, "r is 0"),
-        ({"target_modules": ".*q_proj"}, "target_modules is"),
+        ({"target_modules": ".*q_proj"}, "which target_modules"),
+        ({"target_modules": {}}, "target_modules is {}"),
     ],
 )
 def test_other_variants_are_refused_by_name(base, tmp_path, changes, said):
@@ -178,11 +212,9 @@ def test_other_variants_are_refused_by_name(base, tmp_path, changes, said):
         read_lora(folder)
 
 
-def test_real_dora_is_refused(base, tmp_path):
+def test_dora_that_its_config_hides_is_refused(base, tmp_path):
     folder = adapter(base, tmp_path / "a", use_dora=True)
-    with pytest.raises(UserError, match="use_dora"):
-        read_lora(folder)
-    edit(folder, use_dora=False)  # … and when the config hides it
+    edit(folder, use_dora=False)
     with pytest.raises(UserError, match="lora_magnitude_vector"):
         read_lora(folder)
 

@@ -16,7 +16,9 @@ from llama_ft.recipe.lookup import shipped_cards
 from llama_ft.recipe.schema import Data, Recipe
 from tests.conftest import ROOT
 
-FAMILIES = [name for name in shipped_recipes() if "/" in name]
+STARTING_POINTS = [name for name in shipped_recipes() if name.startswith("llama-3/")]
+"""Recipes that reproduce nothing: what a user begins with."""
+FAMILIES = [name for name in shipped_recipes() if "/" in name and name not in STARTING_POINTS]
 TWINS = [name for name in FAMILIES if "smollm2" in name]
 PAGE = ROOT / "docs" / "families.md"
 
@@ -56,6 +58,7 @@ ORIGINALS = {
     "code-llama/llama-2-7b-long-context": Numbers(2e-5, 1, 2_097_152, 16384, "cosine", 0.03, "plain", "all"),
     # qlora scripts/finetune_guanaco_7b.sh
     "guanaco/llama-7b-qlora": Numbers(2e-4, 4, 16, 512, "constant", 0, "guanaco", "all"),
+    "guanaco/smollm2-135m-qlora": Numbers(2e-4, 4, 16, 512, "constant", 0, "guanaco", "all"),
     # alignment-handbook recipes/zephyr-7b-beta
     "zephyr/llama-2-7b-sft-full": Numbers(2e-5, 1, 128, 2048, "cosine", 0.1, "zephyr", "responses"),
     "zephyr/llama-2-7b-sft-qlora": Numbers(2e-4, 1, 128, 2048, "cosine", 0.1, "zephyr", "responses"),
@@ -69,6 +72,7 @@ ADAPTERS: dict[str, tuple[str, int, int, float, Any]] = {
     "alpaca-lora/llama-7b": ("lora", 8, 16, 0.05, ["q_proj", "v_proj"]),
     "alpaca-lora/llama-7b-published": ("lora", 16, 16, 0.05, ["q_proj", "k_proj", "v_proj", "o_proj"]),
     "guanaco/llama-7b-qlora": ("qlora", 64, 16, 0.1, "all-linear"),
+    "guanaco/smollm2-135m-qlora": ("qlora", 64, 16, 0.1, "all-linear"),
     "zephyr/llama-2-7b-sft-qlora": ("qlora", 16, 16, 0.05, "all-linear"),
     "zephyr/llama-2-7b-dpo-qlora": ("qlora", 128, 128, 0.05, "all-linear"),
 }
@@ -113,7 +117,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "wildchat-1m": {"conversation_hash": "0", "conversation": [{**turn, **_LOGGED} for turn in _SAID], "turn": 1},
 }
 """One row of each hub set with the columns it is published with."""
-OWN_NUMBERS = ("code-llama/codellama-7b-instruct", *TWINS)
+OWN_NUMBERS = ("code-llama/codellama-7b-instruct", *(name for name in TWINS if name not in ORIGINALS))
 """Recipes whose hyper-parameters no original states, or that are made for a laptop."""
 
 
@@ -185,13 +189,24 @@ def test_layouts_of_the_cards_fit_the_objective(name: str) -> None:
 @pytest.mark.parametrize("name", TWINS)
 def test_a_laptop_twin_is_small(name: str) -> None:
     recipe = load_recipe(name)
-    assert (recipe.model.base, recipe.adapter.method) == ("smollm2-135m", "lora")
+    method = {"qlora": "qlora", "full": "full"}.get(name.rpartition("-")[2], "lora")
+    assert (recipe.model.base, recipe.adapter.method) == ("smollm2-135m", method)
+    assert recipe.adapter.dora == name.endswith("-dora")
     assert recipe.launch.endswith("accelerate_configs/cpu.yaml")
     assert recipe.training.global_batch <= 32 and recipe.sequence.max_length <= 1024
 
 
-def test_alpaca_vicuna_and_code_have_a_twin() -> None:
-    assert {"alpaca", "vicuna", "code-llama"} <= {name.split("/")[0] for name in TWINS}
+@pytest.mark.parametrize("name", STARTING_POINTS)
+def test_a_starting_point_is_for_one_card_and_for_a_model_that_knows_the_template(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name.rpartition("/")[2] and recipe.reproduces is None
+    assert recipe.model.base.endswith("-Instruct") and recipe.template == "llama3-chat"
+    assert recipe.launch.endswith("accelerate_configs/gpu.yaml")
+    assert recipe.adapter.method == name.rpartition("-")[2]
+
+
+def test_alpaca_vicuna_code_and_guanaco_have_a_twin() -> None:
+    assert {"alpaca", "vicuna", "code-llama", "guanaco"} <= {name.split("/")[0] for name in TWINS}
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("code") and name not in TWINS])

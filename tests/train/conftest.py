@@ -18,14 +18,18 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 @pytest.fixture(scope="session")
 def small_base(smollm2, tmp_path_factory) -> Path:
     """SmolLM2-135M cut to its first two layers, with its tokenizer: real weights, a second a step."""
+    return cut_short(smollm2, tmp_path_factory.mktemp("base"))
+
+
+def cut_short(source: Path, folder: Path) -> Path:
+    """A LLaMA's first two layers, in float32, with its tokenizer."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("base")
-    model = LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
 
 

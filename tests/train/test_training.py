@@ -17,7 +17,6 @@ from llama_ft import load_recipe, prepare_data
 from llama_ft.data.order import document_order
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.recipe.run import Run
-from llama_ft.train.steps import micro_batch_and_accumulation
 from llama_ft.train.trainer import LlamaTrainer
 from tests.train.conftest import metric, run_command, train_here
 
@@ -210,18 +209,3 @@ def test_a_launch_that_dropped_processes_is_refused(overrides, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="asked for several processes and started one"):
         train_here(overrides)
-
-
-@pytest.mark.parametrize(
-    ("global_batch", "micro", "world", "mean", "expected"),
-    [(32, "auto", 1, 100, (8, 4)), (32, "auto", 4, 100, (8, 1)), (32, 2, 4, 100, (2, 4)), (6, "auto", 1, 5000, (1, 6))],
-)
-def test_micro_batch_and_accumulation(global_batch, micro, world, mean, expected):
-    recipe = load_recipe("quickstart", [f"training.global_batch={global_batch}", f"training.micro_batch={micro}"])
-    assert micro_batch_and_accumulation(recipe, [mean], world, on_gpu=False) == expected
-
-
-def test_a_global_batch_that_does_not_divide_is_refused():
-    recipe = load_recipe("quickstart", ["training.global_batch=10"])
-    with pytest.raises(UserError, match="cannot be split into 4 equal parts"):
-        micro_batch_and_accumulation(recipe, [100], 4, on_gpu=False)

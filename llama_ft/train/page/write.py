@@ -1,0 +1,171 @@
+"""report.html of a run, complete in itself: nothing is fetched, its own policy lets in its style and script alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+from string import Template
+
+from llama_ft.data.page.tokens import plural, safe
+from llama_ft.errors import UserError
+from llama_ft.files import write_text
+from llama_ft.recipe.run import Run
+from llama_ft.train.page import sections
+from llama_ft.train.page.gather import ReportView, gather
+from llama_ft.train.page.html import facts, loss, number
+
+HERE = Path(__file__).parent
+
+FRAME = Template(
+    """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="$policy">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">
+<title>$name: report of a run</title>
+<style>$style</style></head>
+<body><a class="skip" href="#content">Skip to the content</a>
+<header class="page"><p class="kind">llama-ft report · $when</p><h1>$name</h1>
+<p class="lede">$lede</p>$settings$numbers</header>
+<main id="content">$notes<nav aria-label="Sections"><ul>$links</ul></nav>
+$sections</main>
+<script>$script</script></body></html>
+"""
+)
+STATES = {"finished": "finished", "stopped": "stopped", "failed": "failed", "running": "under way"}
+
+
+def write_page(run: Run) -> Path:
+    """Writes report.html of a run folder, from whatever lies there. UserError if it cannot be written."""
+    target = run.path / "report.html"
+    try:
+        write_text(target, page(gather(run)))
+    except OSError as error:
+        raise UserError(f"the report cannot be written: {error.strerror or error}", where=str(target)) from error
+    return target
+
+
+def report_run(path: Path) -> None:
+    """`llama-ft report RUN`: writes the page and says where it is. UserError for a folder that is no run."""
+    print(write_page(Run.open(path)))
+
+
+def page(view: ReportView) -> str:
+    """The whole page."""
+    parts = [
+        ("curves", "Curves", sections.curves(view)),
+        ("answers", "Answers", sections.answers(view)),
+        ("data", "Data", sections.data(view)),
+        ("plan", "Plan", sections.plan(view)),
+        ("proof", "Proof", sections.proof(view)),
+        ("environment", "Environment", sections.environment(view)),
+        ("recipe", "Recipe", sections.recipe(view)),
+    ]
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return FRAME.substitute(
+        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_pinned(style)}'; script-src '{_pinned(script)}'",
+        name=safe(view.name),
+        style=style,
+        when=_when(view),
+        lede=_lede(view),
+        settings=_settings(view),
+        numbers=sections.numbers(view),
+        notes=_state(view) + _warnings(view),
+        links="".join(f'<li><a href="#{anchor}">{title}</a></li>' for anchor, title, html in parts if html),
+        sections="".join(html for _, _, html in parts),
+        script=script,
+    )
+
+
+def _pinned(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _when(view: ReportView) -> str:
+    state = STATES.get(str(view.status.get("state")), "")
+    stamp = view.status.get("ended") if state != "under way" else None
+    try:
+        moment = datetime.fromisoformat(stamp) if stamp else datetime.now(UTC)
+    except (TypeError, ValueError):
+        moment = datetime.now(UTC)
+    date = f"{moment:%d %B %Y, %H:%M} UTC".lstrip("0")
+    return f"{state} {date}" if stamp and state else f"{state + ', ' if state else ''}written {date}"
+
+
+def _lede(view: ReportView) -> str:
+    """The run in two sentences."""
+    recipe = view.recipe
+    said = []
+    if recipe is not None:
+        method = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}[recipe.adapter.method]
+        documents = view.lock.get("documents")
+        on = f" on {plural(documents, 'document')}" if isinstance(documents, int) else ""
+        said.append(f"{safe(recipe.model.base)}, tuned with {method}{on}.")
+    for key, name in (("eval_loss", "held-out loss"), ("loss", "training loss")):
+        series = view.series(key)
+        if len(series) > 1:
+            (_, first), (last_step, last) = series[0], series[-1]
+            way = "fell" if last < first else "did not fall: it went"
+            said.append(f"The {name} {way} from {loss(first)} to <b>{loss(last)}</b> in {plural(last_step, 'step')}.")
+            break
+    else:
+        said.append("Nothing has been measured yet.")
+    return " ".join(said)
+
+
+def _settings(view: ReportView) -> str:
+    recipe, lock = view.recipe, view.lock
+    if recipe is None:
+        return ""
+    adapter, training = recipe.adapter, recipe.training
+    method = "full" if adapter.method == "full" else f"{adapter.method}, r {adapter.r}, alpha {number(adapter.alpha)}"
+    cut = [lock.get(key) for key in ("micro_batch", "accumulation", "world_size")]
+    batch = f"{training.global_batch}" + (f" = {' × '.join(map(str, cut))}" if all(cut) else "")
+    pairs = [
+        ("method", safe(method)),
+        ("objective", safe(training.objective)),
+        ("template", safe(recipe.template)),
+        ("max_length", f"{recipe.sequence.max_length:,}"),
+        ("global batch", safe(batch)),
+        ("learning rate", f"{number(training.learning_rate)}, {safe(training.schedule)}"),
+        ("optimizer", safe(training.optimizer)),
+    ]
+    return facts(pairs, "settings")
+
+
+def _state(view: ReportView) -> str:
+    """What a reader must know first, of a run that did not finish, and of files that are damaged."""
+    state = view.status.get("state")
+    said = []
+    kept = f"Checkpoint step-{view.checkpoints[-1]} is whole: " if view.checkpoints else "There is no checkpoint: "
+    on = kept + ("go on with --resume." if view.checkpoints else "start again with --overwrite.")
+    message = view.status.get("message")
+    if state == "failed":
+        said.append(("The run failed", f'<p class="reason">{safe(message or "without a word")}</p><p>{on}</p>'))
+    elif state == "stopped":
+        said.append((f"Stopped after step {view.step:,}", f"<p>{safe(message) + ' ' if message else ''}{on}</p>"))
+    elif state == "running":
+        last = f" Its last line was written {view.written:%d %B %Y, %H:%M:%S} UTC." if view.written else ""
+        said.append(("Under way, or killed", f"<p>Nothing says that this run has ended.{last} {on}</p>"))
+    if view.proof is not None and not view.proof.get("ok"):
+        said.append(("The export was refused", "<p>The merged model is not what was trained; see the proof.</p>"))
+    if view.unreadable:
+        said.append(("Damaged files", f"<p>These could not be read: {safe(', '.join(view.unreadable))}.</p>"))
+    wrong = state == "failed" or view.unreadable or (view.proof is not None and not view.proof.get("ok"))
+    body = "".join(f"<h2>{head}</h2>{text}" for head, text in said)
+    return body and f'<section class="state{" wrong" if wrong else ""}" aria-label="State of the run">{body}</section>'
+
+
+def _warnings(view: ReportView) -> str:
+    """What the guards warned of while the run trained."""
+    items = "".join(
+        f"<li><b>{safe(one.get('name', ''))}</b>, step {safe(one.get('step', '?'))}: "
+        f"{safe(one.get('message', ''))}</li>"
+        for one in view.warnings
+        if isinstance(one, dict)
+    )
+    head = plural(len(view.warnings), "warning")
+    return items and f'<section class="state" aria-label="Warnings"><h2>{head}</h2><ul>{items}</ul></section>'
