@@ -6,7 +6,6 @@ The four public functions load their folder on first use, so `import llama_ft` s
 from __future__ import annotations
 
 import logging
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +37,8 @@ def __getattr__(name: str) -> Any:
 
     return getattr(import_module(_HOMES[name]), name)
 
-# What bitsandbytes has to say on a CPU: that a kernel of the hub, which we do not use, was not fetched (at its import,
-# which PEFT triggers), and, in each layer of each pass, that LLM.int8() rounds its inputs to float16, as it is meant to.
+
+# What bitsandbytes says on a CPU: at its import, which PEFT triggers, that a kernel of the hub, which we do not use,
+# was not fetched; and in each layer of each pass that LLM.int8() rounds its inputs to float16, as it is meant to.
 for _talker in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_talker).setLevel(logging.ERROR)

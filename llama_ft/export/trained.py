@@ -66,7 +66,7 @@ def read_back(base: Path, lora: LoraFile, recipe: Recipe, compute: torch.dtype, 
     modules = peft_model.get_base_model().named_modules()
     layers = {name: layer for name, layer in modules if isinstance(layer, LoraLayer)}
     problems = []
-    state: Any = get_peft_model_state_dict(peft_model)
+    state: Any = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     wanted = {f"base_model.model.{name}": tensor for name, tensor in lora.whole.items()}
     for name, tensor in lora.magnitudes.items():
         wanted[f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector"] = tensor

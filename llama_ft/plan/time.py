@@ -16,7 +16,7 @@ from llama_ft.recipe.schema import Recipe
 
 OF_G = {"fused": 0.68, "plain": 0.50, "full": 0.72, "forward": 0.70}
 """CPU: share of G that a step reaches: the fused LoRA product, PEFT's own forward (DoRA, dropout, quantised), full
-tuning, and an evaluation. Measured by `python -m benchmarks.plan` (docs/plan.md)."""
+tuning, and an evaluation. From runs of SmolLM2-135M (docs/plan.md); "plain" is a guess that no quiet run has tested."""
 OF_CARD = ((900e12, 0.36), (0.0, 0.50))
 """GPU: share of the dense bfloat16 rate, by the card's rate. Fast cards: torchtitan's 6,667 tokens/s per H100 in full
 tuning of 8B; others: torchtune's 3,083 tokens/s for LoRA of 8B on a 4090 (56 %) and 2,413 for QLoRA (44 %)."""

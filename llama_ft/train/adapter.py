@@ -21,11 +21,13 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run)
     """
     aside = run.path / ".adapter.writing"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(str(aside), safe_serialization=True)
+    # A vocabulary that has grown is trained and saved as a module of its own; PEFT would add embedding and head again.
+    model.save_pretrained(str(aside), safe_serialization=True, save_embedding_layers=False)
     tokenizer.save_pretrained(str(aside))
     (aside / "README.md").unlink(missing_ok=True)  # PEFT's own card; the run has one
     written = load_file(aside / "adapter_model.safetensors")
-    live = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+    live = {name: tensor.detach().cpu() for name, tensor in trained.items()}
     differing = sorted(
         name
         for name in live.keys() | written.keys()

@@ -13,6 +13,7 @@ from typing import Any
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.recipe.run import Run
 
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container.cc", "basic_ios::clear: iostream error")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """Folders that trackers (llama_ft/train/trackers.py) leave in a run."""
@@ -113,7 +114,9 @@ def disk_faults(run: Run) -> Iterator[None]:
     except Exception as error:
         if not is_disk_fault(error):
             raise
-        mend = "free some space" if "space" in str(error) else "mend the disk"
+        mend = "mend the disk" if isinstance(error, OSError) else "free some space or mend the disk"
+        if "space" in str(error):
+            mend = "free some space"
         hint = f"{mend}; {how_to_go_on(run)}"
         raise MachineFault(f"the disk failed: {error}", where=str(run.path), hint=hint) from error
 
@@ -131,10 +134,10 @@ def how_to_go_on(run: Run) -> str:
 def is_disk_fault(error: Exception) -> bool:
     """Whether a disk that is full, read-only or broken lies behind an error, whoever raised it.
 
-    Python says so by a number, safetensors and tokenizers by the same number in their text, and torch's zip writer only
-    that it could not write.
+    Python says so by a number, safetensors and tokenizers by the same number in their text, and torch only by the part
+    of its zip writer that could not write.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in DISK_ERRORS
     text = str(error)
-    return "PytorchStreamWriter" in text or any(f"(os error {number})" in text for number in DISK_ERRORS)
+    return any(part in text for part in TORCH_WRITER) or any(f"(os error {number})" in text for number in DISK_ERRORS)

@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import psutil
-import torch
-from accelerate import PartialState
-from rich.console import Console
 
 from llama_ft.data.batches import PackedCollator, PaddedCollator
-from llama_ft.data.prepare import Prepared, prepare_data
-from llama_ft.data.show import rows_line
-from llama_ft.export.run import Export, export_run
-from llama_ft.files import write_json, write_text
-from llama_ft.llama.load import DTYPES
-from llama_ft.recipe import dump
+from llama_ft.data.prepare import Prepared
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
-from llama_ft.recipe.trainable import check_trainable
-from llama_ft.train.adapter import save_adapter, save_full
-from llama_ft.train.base import Base, load_for_training, open_base, trains_base_weights, write_base
-from llama_ft.train.checks import (
-    check_disk,
-    check_run_folder,
-    check_same_data,
-    check_writable,
-    clear_run_folder,
-    disk_faults,
-)
+from llama_ft.train.base import Loaded, load_for_training, trains_base_weights
+from llama_ft.train.checks import disk_faults
 from llama_ft.train.ends import EndToken
-from llama_ft.train.engine import check_engine, check_launch, engine_of, settle_engine
+from llama_ft.train.engine import settle_engine
+from llama_ft.train.finish import finish, say_stopped
 from llama_ft.train.fit import corrected_once
 from llama_ft.train.guards import Guard
-from llama_ft.train.lock import lock_contents
-from llama_ft.train.optimizer import check_optimizer
-from llama_ft.train.planned import cut_of_run, peak_bytes, plan_of_run, write_measured
-from llama_ft.train.progress import ProgressLine, plot_losses
-from llama_ft.train.report import print_report
-from llama_ft.train.resume import Resumed, note_result, open_resumed, record
-from llama_ft.train.samples import Samples
+from llama_ft.train.planned import peak_bytes, write_measured
+from llama_ft.train.progress import ProgressLine
+from llama_ft.train.start import Flags, Start, make_new_base, open_start, say_start, write_start
 from llama_ft.train.steps import EpochOrder, with_silence
 from llama_ft.train.stop import STOPPED, StopCleanly
-from llama_ft.train.trackers import check_trackers
 from llama_ft.train.trainer import LlamaTrainer, training_arguments
 from llama_ft.train.warn import Warnings
 from llama_ft.train.watch import Watch
@@ -69,121 +46,71 @@ def train_recipe(
     """
     run = Run(Path(recipe.run_dir).resolve())
     stop = StopCleanly(run)
+
+    def train(micro_batch: int | None) -> None:
+        again = micro_batch is not None
+        flags = Flags(resume and not again, overwrite or again, allow, compute_dtype, micro_batch)
+        _train(open_start(run, recipe, flags), stop)
+
     stop.install()
     try:
         with disk_faults(run):
-
-            def train(micro_batch: int | None) -> None:
-                again = micro_batch is not None
-                flags = {"resume": resume and not again, "overwrite": overwrite or again}
-                began = {"compute_dtype": compute_dtype}
-                _train(run, recipe, stop, began, **flags, allow=allow, micro_batch=micro_batch)
-
             corrected_once(train, recipe, run)
     finally:
         stop.restore()
     return run
 
 
-def _train(
-    run: Run,
-    recipe: Recipe,
-    stop: StopCleanly,
-    lock: dict[str, Any],
-    *,
-    resume: bool,
-    overwrite: bool,
-    allow: Sequence[str],
-    micro_batch: int | None,
-) -> None:
-    check_launch()
-    check_trainable(recipe)
-    check_trackers(recipe)
-    check_optimizer(recipe)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    check_engine(engine_of(state))
-    use_physical_cores(state)
-    console = Console(quiet=not state.is_main_process)
-    check_run_folder(run, resume=resume, overwrite=overwrite)
-    resumed = open_resumed(run, recipe, state, console) if resume else Resumed()
-    step = resumed.step
-    check_writable(run)
-
-    with state.main_process_first(), rows_line(shown=state.is_main_process) as said:
-        prepared = prepare_data(recipe, allow=allow, progress=said)
-    lock = began_with(run, prepared) if step else lock
-    base = open_base(recipe, run, prepared.tokenizer, resume=step is not None)
-    planned = plan_of_run(base, prepared, state, micro_batch, lock.get("compute_dtype"))
-    kept = micro_batch is None and resumed.keeps("training.micro_batch")
-    micro_batch, accumulation = cut_of_run(planned, lock, state, kept=kept)
-    documents = len(prepared.mixture)
-    check_storage(base, run, documents, fresh=step is None)
-    if base.new and step is None:
-        if state.is_main_process:
-            clear_run_folder(run)
-            write_base(base, prepared.tokenizer)
-        state.wait_for_everyone()
-    loaded = load_for_training(base, state.device, lock.get("compute_dtype"))
-    arguments = training_arguments(
-        recipe,
-        run,
-        micro_batch,
-        accumulation,
-        has_eval=prepared.eval is not None,
-        masters=trains_base_weights(base),
-    )
-    if state.is_main_process and step is None:
-        if not base.new:  # nothing of an earlier run is deleted before this one is known to start
-            clear_run_folder(run)
-        write_text(run.recipe_file, dump(recipe))
-        lock = lock_contents(base, prepared, loaded, state, micro_batch, accumulation)
-        write_json(run.lock_file, lock | {"plan": planned.for_lock()})
-    elif state.is_main_process:
-        record(run, recipe, resumed, (state.num_processes, micro_batch, accumulation), console)
-    everything = base.parameters if base.full else base.parameters + base.trained
-    console.print(
-        f"{recipe.name}: {counted(prepared)}, {base.trained:,} of {everything:,} weights trained, global batch "
-        f"{recipe.training.global_batch} = {micro_batch} × {accumulation} × {state.num_processes}, "
-        f"{str(loaded.compute_dtype).removeprefix('torch.')} on {state.device.type} "
-        f"({torch.get_num_threads()} threads)",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-    watch = Watch(run, base, loaded, prepared, state, console, step)
-    warnings = Warnings(run, recipe, console, step)
-    trainer = LlamaTrainer(
-        model=loaded.model,
-        args=arguments,
-        data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
-        eval_dataset=prepared.eval.with_format("numpy") if prepared.eval is not None else None,
-        processing_class=prepared.tokenizer,
-        callbacks=[stop, *watch.callbacks, *([warnings] if state.is_main_process else [])],
-        run=run,
-        recipe=recipe,
-        stop=stop,
-        guard=Guard(run, recipe, prepared),
-        ends=EndToken.of(prepared),
-        **training_set(prepared, recipe, micro_batch, state.num_processes),
-    )
-    settle_engine(trainer.accelerator, recipe, loaded.compute_dtype, console, warnings.say)
+def _train(start: Start, stop: StopCleanly) -> None:
+    """Loads, trains until the end or until it is stopped, and finishes."""
+    run, prepared, state = start.run, start.prepared, start.state
+    make_new_base(start)
+    loaded = load_for_training(start.base, state.device, start.lock.get("compute_dtype"))
+    write_start(start, loaded)
+    say_start(start, loaded)
+    watch = Watch(run, start.base, loaded, prepared, state, start.console, start.step)
+    warnings = Warnings(run, start.recipe, start.console, start.step)
+    callbacks = [stop, *watch.callbacks, *([warnings] if start.main else [])]
+    trainer = make_trainer(start, loaded, callbacks, stop)
+    settle_engine(trainer.accelerator, start.recipe, loaded.compute_dtype, start.console, warnings.say)
     watch.ask(trainer)
-    if prepared.eval is not None and step is None:
+    if prepared.eval is not None and start.step is None:
         trainer.evaluate()
     with watch.status.kept(watch.callbacks):
-        train_until_done_or_stopped(trainer, run.checkpoint(step) if step else None, watch.progress)
+        train_until_done_or_stopped(trainer, run.checkpoint(start.step) if start.step else None, watch.progress)
         trained_with = peak_bytes(state.device)
         if stop.asked:
-            say_stopped(run, console)
+            say_stopped(run, start.console)
             raise SystemExit(STOPPED)
-        finish(trainer, prepared, run, console, watch.samples, warnings)
-        if state.is_main_process:
+        finish(trainer, prepared, run, start.console, watch.samples, warnings)
+        if start.main:
             write_measured(run, state, trainer.state.global_step, trained_with)
 
 
-def counted(prepared: Prepared) -> str:
-    """How many documents an epoch has, in words."""
-    return f"{len(prepared.mixture):,} documents" if prepared.stream is None else "streamed documents"
+def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopCleanly) -> LlamaTrainer:
+    """The trainer of a run, with its data in their order."""
+    recipe, prepared = start.recipe, start.prepared
+    return LlamaTrainer(
+        model=loaded.model,
+        args=training_arguments(
+            recipe,
+            start.run,
+            start.micro_batch,
+            start.accumulation,
+            has_eval=prepared.eval is not None,
+            masters=trains_base_weights(start.base),
+        ),
+        data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
+        eval_dataset=prepared.eval.with_format("numpy") if prepared.eval is not None else None,
+        processing_class=prepared.tokenizer,
+        callbacks=callbacks,
+        run=start.run,
+        recipe=recipe,
+        stop=stop,
+        guard=Guard(start.run, recipe, prepared),
+        ends=EndToken.of(prepared),
+        **training_set(prepared, recipe, start.micro_batch, start.state.num_processes),
+    )
 
 
 def training_set(prepared: Prepared, recipe: Recipe, micro_batch: int, processes: int) -> dict[str, Any]:
@@ -198,82 +125,9 @@ def training_set(prepared: Prepared, recipe: Recipe, micro_batch: int, processes
     return {"train_dataset": documents.with_format("numpy"), "order": order}
 
 
-def began_with(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """The lock of a run that is resumed; UserError if its data has changed."""
-    check_same_data(run.lock, prepared.hashes, run)
-    return run.lock
-
-
 def train_until_done_or_stopped(trainer: LlamaTrainer, checkpoint: Path | None, progress: ProgressLine) -> None:
     """The loop itself, with the terminal given back however it ends."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
-
-
-def check_storage(base: Base, run: Run, documents: int, *, fresh: bool) -> None:
-    """Refuses a run that the disk has no room for; a run that is resumed has its base already."""
-    recipe = base.recipe
-    steps_per_epoch = math.ceil(documents / recipe.training.global_batch)
-    steps = recipe.training.max_steps or math.ceil(steps_per_epoch * recipe.training.epochs)
-    check_disk(
-        run.path,
-        trained=base.trained,
-        parameters=base.parameters,
-        checkpoints=checkpoints_at_once(recipe, steps),
-        merged_bytes=DTYPES[recipe.export.dtype or recipe.model.dtype].itemsize if recipe.export.merged else 0,
-        base_bytes=base.written if fresh else 0,
-    )
-
-
-def checkpoints_at_once(recipe: Recipe, steps: int) -> int:
-    """How many checkpoints a run of so many steps has on the disk at its fullest: while one is being written."""
-    training = recipe.training
-    written = max(1, steps // training.save_every)
-    if recipe.export.checkpoint == "best":
-        written += steps // training.eval_every
-    return written if training.keep_checkpoints is None else min(written, training.keep_checkpoints + 2)
-
-
-def use_physical_cores(state: PartialState) -> None:
-    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all physical cores."""
-    if state.device.type == "cpu":
-        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // max(1, state.num_processes)))
-
-
-def say_stopped(run: Run, console: Console) -> None:
-    """After Ctrl-C or SIGTERM: where the run stands and how it goes on."""
-    steps = run.steps()
-    if steps:
-        console.print(
-            f"stopped after step {steps[-1]}; {run.checkpoint(steps[-1])} is whole", highlight=False, soft_wrap=True
-        )
-        console.print("go on with the same command and --resume", highlight=False)
-
-
-def finish(
-    trainer: LlamaTrainer,
-    prepared: Prepared,
-    run: Run,
-    console: Console,
-    samples: Samples | None,
-    warnings: Warnings,
-) -> None:
-    """Saves what was trained, reads it back, answers the held-out questions again, merges, proves, reports."""
-    recipe = run.recipe
-    trainer.accelerator.wait_for_everyone()
-    if samples is None:  # only the main process writes
-        return
-    note_result(run, trainer.settle_result(), console)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if recipe.adapter.method == "full":
-        save_full(model, prepared.tokenizer, run, DTYPES[recipe.export.dtype or recipe.model.dtype])
-    else:
-        save_adapter(model, prepared.tokenizer, run)
-    plot_losses(run)
-    samples.answer(model, "after")
-    warnings.finished(model, samples)
-    proof: Export | None = export_run(run, trained=model) if recipe.export.merged else None
-    print_report(run, proof, console)

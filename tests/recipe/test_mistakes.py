@@ -513,8 +513,8 @@ COMBINATIONS = {
     "a regex that is none": (
         good(adapter="{targets: 'model.(layers'}"),
         [
-            "r.yaml:5:20: adapter.targets: 'model.(layers' is no regex: missing ), unterminated subpattern at position 6"
-            " — all-linear, attention, or a list"
+            "r.yaml:5:20: adapter.targets: 'model.(layers' is no regex: missing ), unterminated subpattern at"
+            " position 6 — all-linear, attention, or a list"
         ],
     ),
     "a regex": (good(adapter=r"{targets: 'model\.layers\.[01]\..*'}"), []),

@@ -46,20 +46,60 @@ def train(base: Path, data: Path, folder: Path, *changes: str) -> Run:
     return train_recipe(load_recipe("alpaca/smollm2-135m-lora", overrides_for(base, data, folder, *changes)))
 
 
+TOGETHER = {
+    "LoRA on attention, rsLoRA, LoRA+, linear, paged AdamW": [
+        *["adapter.targets=attention", "adapter.rslora=true", "adapter.lora_plus=4", "training.schedule=linear"],
+        "training.optimizer=paged_adamw",
+    ],
+    "DoRA by a regex, norms, NEFTune, WSD, Adafactor": [
+        *["adapter.dora=true", r"adapter.targets=.*layers\.1\..*", "adapter.modules_to_save=[norms]"],
+        *["training.neftune_alpha=5", "training.schedule=wsd", "training.optimizer=adafactor"],
+    ],
+    "QLoRA, dropout, 8-bit AdamW, constant": [
+        *["adapter.method=qlora", "adapter.dropout=0.1", "training.optimizer=adamw_8bit", "training.schedule=constant"],
+    ],
+    "QLoRA with DoRA and plain scales, 8-bit paged AdamW, padded, checkpointed": [
+        *["adapter.method=qlora", "adapter.dora=true", "adapter.double_quant=false", "training.micro_batch=4"],
+        *["training.optimizer=paged_adamw_8bit", "sequence.packing=false", "training.gradient_checkpointing=true"],
+    ],
+    "8-bit LoRA, cosine to 10 %": ["adapter.method=qlora", "adapter.bits=8", "training.final_rate=0.1"],
+    "full, frozen, Muon": ["adapter.method=full", "adapter.freeze=['layers.0']", "training.optimizer=muon"],
+    "LoRA and embedding": ["adapter.modules_to_save=[embed_tokens]"],
+}
+"""Every method, optimizer and schedule at least once; one at a time they are marked slow."""
+
+
+@pytest.mark.parametrize("method", TOGETHER)
+def test_they_learn_together_and_their_export_is_proven(small_base, real_data, tmp_path, method):
+    learns(train(small_base, real_data, tmp_path / "run", *TOGETHER[method]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns_and_its_export_is_proven(small_base, real_data, grown_tokenizer, tmp_path, method):
     # Two layers of thirty want larger steps than the whole model.
     changes = [change for change in settings(method, grown_tokenizer) if "learning_rate" not in change]
     if "adapter.method=full" in changes:
         changes.append("training.learning_rate=3e-4")
-    run = train(small_base, real_data, tmp_path / "run", *changes)
+    learns(train(small_base, real_data, tmp_path / "run", *changes))
+
+
+def learns(run: Run) -> None:
     losses = held_out(run.path)
     assert losses[-1] < losses[0] - 0.02, f"nothing was learnt: {losses}"
     assert json.loads(run.proof_file.read_text())["ok"] is True
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("method", "tied"),
+    [
+        ("lora", True),
+        ("qlora", False),
+        pytest.param("qlora", True, marks=pytest.mark.slow),
+        pytest.param("lora", False, marks=pytest.mark.slow),
+        ("full", True),
+    ],
+)
 def test_new_tokens_are_trained_saved_merged_and_served(small_base, real_data, grown_tokenizer, tmp_path, method, tied):
     base = small_base if tied else untied(small_base, tmp_path / "untied")
     rows = [{"instruction": f"Say {token}.", "input": "", "output": f"{token} {token}"} for token in NEW_TOKENS] * 60

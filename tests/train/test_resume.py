@@ -405,21 +405,23 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "save_model", "seal", "metrics"])
+@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "save_model", "manifest", "metrics"])
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(settings, unbroken, small_disk, monkeypatch, place):
-    """Really full: from inside the second save, or while the third step's line is written, not a byte more fits."""
+    """Really full: from inside the second save, or while the third step's line is written, not a page more fits."""
     here = [*settings, "training.max_steps=4", f"output_dir={small_disk / 'run'}"]
     fill, calls = small_disk / "fill", []
-    owner, name = (resumable, "seal") if place == "seal" else (LlamaTrainer, "log" if place == "metrics" else place)
+    owner, name, nth = {
+        "manifest": (checkpoints, "write_json", 4),  # a save writes position.json and manifest.json
+        "metrics": (LlamaTrainer, "log", 5),  # the base's evaluation, three steps, an evaluation
+    }.get(place, (LlamaTrainer, place, 2))
     inner = getattr(owner, name)
 
     def outer(*args: Any, **kwargs: Any) -> Any:
         calls.append(name)
-        if len(calls) == (5 if place == "metrics" else 2):  # lines: the base's evaluation, three steps, an evaluation
-            with fill.open("wb") as file, pytest.raises(OSError, match="No space"):
+        if len(calls) == nth:
+            with fill.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
                 while True:
-                    file.write(bytes(2**16))
-                    file.flush()
+                    file.write(bytes(4096))
         return inner(*args, **kwargs)
 
     with monkeypatch.context() as patch:

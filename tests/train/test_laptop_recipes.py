@@ -1,0 +1,65 @@
+"""Every recipe for a machine without a GPU runs two steps through the real entry point and is exported and proven."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llama_ft.data.cards import Hub, load_card
+from llama_ft.recipe import load_recipe
+from llama_ft.recipe.extends import shipped_recipes
+from tests.conftest import ROOT
+from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric
+
+LAPTOP = [name for name in shipped_recipes() if load_recipe(name).launch.endswith("accelerate_configs/cpu.yaml")]
+QUESTION, ANSWER = "How many alpacas stand on hill {n}?", "On hill {n} there stand {n} alpacas, and they look at you."
+
+
+def rows(layout: str) -> list[dict]:
+    """Forty rows of a card's layout, for the sets that lie on the hub."""
+    pairs = [(QUESTION.format(n=n), ANSWER.format(n=n)) for n in range(40)]
+    return {
+        "alpaca": [{"instruction": q, "input": "", "output": a} for q, a in pairs],
+        "sharegpt": [
+            {"id": str(n), "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+            for n, (q, a) in enumerate(pairs)
+        ],
+        "messages": [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs
+        ],
+    }[layout]
+
+
+def test_there_are_such_recipes():
+    assert {"quickstart", "alpaca/smollm2-135m-lora", "alpaca/smollm2-135m-qlora", "alpaca/smollm2-135m-dora"} <= set(
+        LAPTOP
+    )
+    assert {"alpaca/smollm2-135m-full", "guanaco/smollm2-135m-qlora", "vicuna/smollm2-135m-lora"} <= set(LAPTOP)
+
+
+@pytest.mark.parametrize("name", LAPTOP)
+def test_two_steps(small_base, tmp_path, name):
+    recipe = load_recipe(name)
+    changes = [f"model.base={small_base}", "training.max_steps=2", "training.global_batch=4", "data.0.limit=40"]
+    card = load_card(recipe.data[0].use)
+    if isinstance(card.source, Hub):
+        path = Path(tmp_path, "rows.json")
+        path.write_text(json.dumps(rows(card.layout)))
+        changes.append(f"data.0.path={path}")
+    if isinstance(recipe.eval_data, list):
+        changes.append("eval_data.0.limit=8")
+    line = [*ACCELERATE, "--config_file", recipe.launch, "-m", "llama_ft.train", name, *changes]
+    done = subprocess.run(
+        [*line, f"output_dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(metric(tmp_path / "run")) == 2
+    assert json.loads((tmp_path / "run" / "export.json").read_text())["ok"] is True
