@@ -17,8 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_ft import adapters
 from llama_ft.adapters import merge as merge_module
+from llama_ft.adapters.lora_file import LoraFile, read_lora
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.export import run as export_module
 from llama_ft.export.run import Export, ProofFailed, export_run
@@ -279,13 +279,10 @@ def test_damaged_weights_are_refused(run, damage, monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_scale_is_refused(trained, tmp_path, monkeypatch, dtype):
     run = copy_of(trained(export__dtype=dtype)[0], tmp_path / "run")
-    real = merge_module.read_lora
 
     def doubled(base, adapter, out, **kwargs):
-        twice = {name: (down, up * 2) for name, (down, up) in real(run.adapter).factors.items()}
-        return merge_module.merge_adapter(
-            base, adapters.merge.LoraFile(**{**vars(adapter), "factors": twice}), out, **kwargs
-        )
+        twice = {name: (down, up * 2) for name, (down, up) in read_lora(run.adapter).factors.items()}
+        return merge_module.merge_adapter(base, LoraFile(**{**vars(adapter), "factors": twice}), out, **kwargs)
 
     monkeypatch.setattr(export_module, "merge_adapter", doubled)
     with pytest.raises(ProofFailed) as caught:

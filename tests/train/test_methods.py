@@ -90,6 +90,23 @@ def learns(run: Run) -> None:
     assert json.loads(run.proof_file.read_text())["ok"] is True
 
 
+def test_qlora_on_the_whole_model_merges_to_what_it_answers(smollm2, real_data, tmp_path):
+    """SmolLM2-135M in NF4: merged, it answers as base and adapter did, and no nll moves by 1e-3."""
+    changes = [
+        "adapter.method=qlora",
+        "training.max_steps=3",
+        "data.0.limit=48",
+        "eval_data=null",
+        "export.dtype=float32",
+    ]
+    run = train(smollm2, real_data, tmp_path / "run", *changes)
+    proof = json.loads(run.proof_file.read_text())
+    assert proof["ok"] and all(answer["equal"] for answer in proof["greedy"])
+    assert abs(proof["measured"]["nll_trained"] - proof["measured"]["nll_merged"]) < 1e-3
+    assert proof["measured"]["max_delta_logit"] < 1e-3
+    assert proof["adapter"]["merged_into"] == "the base out of NF4 with double quantisation"
+
+
 @pytest.mark.parametrize(
     ("method", "tied"),
     [

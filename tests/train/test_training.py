@@ -16,6 +16,8 @@ from benchmarks import trl_sft
 from llama_ft import load_recipe, prepare_data
 from llama_ft.data.order import document_order
 from llama_ft.errors import MachineFault, UserError
+from llama_ft.llama.fast import PLAIN
+from llama_ft.llama.projections import project_each
 from llama_ft.recipe.run import Run
 from llama_ft.train.trainer import LlamaTrainer
 from tests.train.conftest import metric, run_command, train_here
@@ -100,22 +102,22 @@ def baseline(small_base, tmp_path_factory) -> list[float]:
     return curve(small_base, folder, ["training.micro_batch=8"])
 
 
+def settings_of_the_curve(base: Path, folder: Path) -> list[str]:
+    return [
+        f"model.base={base}",
+        "data.0.limit=44",  # not a multiple of the batch: the last step of an epoch is smaller
+        "eval_data=null",
+        "training.global_batch=8",
+        "training.max_steps=8",
+        "training.save_every=100",
+        "training.learning_rate=2e-3",
+        "export.merged=false",
+        f"output_dir={folder / 'run'}",
+    ]
+
+
 def curve(base: Path, folder: Path, changes: list[str]) -> list[float]:
-    run = train_here(
-        [
-            f"model.base={base}",
-            "data.0.limit=44",  # not a multiple of the batch: the last step of an epoch is smaller
-            "eval_data=null",
-            "training.global_batch=8",
-            "training.max_steps=8",
-            "training.save_every=100",
-            "training.learning_rate=2e-3",
-            "export.merged=false",
-            f"output_dir={folder / 'run'}",
-            *changes,
-        ]
-    )
-    return metric(run.path)
+    return metric(train_here([*settings_of_the_curve(base, folder), *changes]).path)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,24 @@ def curve(base: Path, folder: Path, changes: list[str]) -> list[float]:
 def test_the_curve_does_not_depend_on_how_the_work_is_cut(small_base, baseline, tmp_path, changes):
     found = curve(small_base, tmp_path, changes)
     assert len(found) == len(baseline) == 8
+    assert max(abs(a - b) for a, b in zip(found, baseline, strict=True)) <= 1e-5
+
+
+def test_the_curve_does_not_depend_on_the_fast_paths(small_base, baseline, tmp_path, monkeypatch):
+    """Every fast path switched to its plain twin: attention, head, elementwise, last layer's rows, the LoRA product."""
+    monkeypatch.setattr("llama_ft.train.base.Fast", lambda attention: PLAIN)
+    monkeypatch.setattr("llama_ft.adapters.lora.fused_project", project_each)
+    found = curve(small_base, tmp_path, ["training.micro_batch=8"])
+    assert max(abs(a - b) for a, b in zip(found, baseline, strict=True)) <= 1e-5
+
+
+def test_the_curve_is_the_same_through_the_real_command(small_base, baseline, tmp_path):
+    """Everything cut another way at once, started as a user does."""
+    changes = ["training.micro_batch=2", "sequence.packing=false", "training.gradient_checkpointing=true"]
+    line = [*settings_of_the_curve(small_base, tmp_path), *changes, "model.attention=plain"]
+    done = run_command(line)
+    assert done.returncode == 0, done.stderr
+    found = metric(tmp_path / "run")
     assert max(abs(a - b) for a, b in zip(found, baseline, strict=True)) <= 1e-5
 
 
