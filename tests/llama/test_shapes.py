@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM as Reference
 
 from llama_ft.llama.init import meta_model, weight_shapes
 from llama_ft.llama.shapes import KINDS, PRESETS, Shape
-from llama_ft.recipe import schema
+from llama_ft.recipe import schema_model
 from llama_ft.recipe.check_adapter import PROJECTIONS
 from tests.conftest import ROOT
 
@@ -91,8 +91,8 @@ def test_memory():
 
 
 def test_recipes_and_shapes_know_the_same_presets():
-    assert {name: (shape.original_context, shape.context) for name, shape in PRESETS.items()} == schema.PRESETS
-    assert list(schema.PRESETS) == list(PRESETS)
+    assert {name: (shape.original_context, shape.context) for name, shape in PRESETS.items()} == schema_model.PRESETS
+    assert list(schema_model.PRESETS) == list(PRESETS)
 
 
 def run_models(arguments: str = "") -> str:

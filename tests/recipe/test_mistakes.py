@@ -614,7 +614,7 @@ def test_all_mistakes_of_a_file_in_one_report_in_file_order(report: Report) -> N
         "adapter: {r: 8, method: full}\n"
         "data: [{use: alpcaa}]\n"
         "training: {warmup: 9, max_steps: 5, epochs: three}\n"
-        "launch: accelerate_configs/gpu.yaml\n"
+        "launch: accelerate_configs/gpus.yaml\n"
         "output_dir: !x y\n"
     )
     assert [problem.split(" ")[:2] for problem in problems] == [
