@@ -66,7 +66,7 @@ def write_tokenizer(base: Path, folder: Path) -> Path:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    tokenizer.add_tokens([*NEW_TOKENS], special_tokens=True)
+    tokenizer.add_tokens([*NEW_TOKENS])
     tokenizer.save_pretrained(folder)
     return folder
 

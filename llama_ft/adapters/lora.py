@@ -26,12 +26,12 @@ SAVED = {
 
 
 def target_modules(targets: str | list[str]) -> str | list[str]:
-    """What PEFT is told: the projections that `adapter.targets` names, or its regex as it stands.
+    """What PEFT is told: the projections that `adapter.targets` names, or its regex, which matches nothing else.
 
-    UserError for a name that no LLaMA has.
+    PEFT would take `.*layers\\.1\\..*` for the blocks' own modules too. UserError for a name that no LLaMA has.
     """
     if isinstance(targets, str) and targets not in GROUPS:
-        return targets
+        return rf"(?=.*\.(?:{'|'.join(PROJECTIONS)})$)(?:{targets})"
     if isinstance(targets, str):
         return list(PROJECTIONS if targets == "all-linear" else PROJECTIONS[:4])
     unknown = [name for name in targets if name not in PROJECTIONS]
@@ -93,7 +93,7 @@ def attach_lora(model: LlamaForCausalLM, adapter: Adapter, *, new_tokens: bool =
     `adapter.targets` matches nothing in this model.
     """
     base_name = model.config.name_or_path
-    if not matched(target_modules(adapter.targets), model.config.num_hidden_layers):
+    if not matched(adapter.targets, model.config.num_hidden_layers):
         layers = model.config.num_hidden_layers
         what = f"the regex '{adapter.targets}' matches no projection of this base's {layers} layers"
         raise UserError(what, key="adapter.targets", hint="layers are counted from 0")

@@ -182,7 +182,7 @@ def _job(recipe: Recipe, renderer: Renderer) -> Job:
         mixture=recipe.mixture,
         infilling=recipe.infilling,
         benchmarks=open_benchmarks(recipe.mixture.benchmarks),
-        vocabulary=_vocabulary(recipe),
+        vocabulary=_vocabulary(recipe, renderer.tokenizer),
     )
 
 
@@ -226,10 +226,11 @@ def _name_anew(report: Report, sources: list[Source]) -> None:
         counts.label, counts.guessed = source.label, source.guessed
 
 
-def _vocabulary(recipe: Recipe) -> int | None:
-    """Rows of the embedding that is trained, where they are known and cannot grow.
+def _vocabulary(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Rows of the embedding that is trained, where they are known and do not grow.
 
-    A base that is not at hand yet says nothing here; training looks again before it starts.
+    Tokens that were added to the base's own vocabulary get rows; another tokenizer's are for full tuning to learn. A
+    base that is not at hand yet says nothing here; training looks again before it starts.
     """
     from llama_ft.llama.base import locate_base
     from llama_ft.llama.load import load_config
@@ -237,7 +238,8 @@ def _vocabulary(recipe: Recipe) -> int | None:
     if recipe.model.starts_new or recipe.adapter.method == "full":
         return None
     with suppress(UserError):
-        return int(load_config(locate_base(recipe.model.base, recipe.model.revision, weights=False)).vocab_size)
+        rows = int(load_config(locate_base(recipe.model.base, recipe.model.revision, weights=False)).vocab_size)
+        return rows if tokenizer.vocab_size > rows else None
     return None
 
 

@@ -82,7 +82,8 @@ class Base:
 def open_base(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerFast, *, resume: bool = False) -> Base:
     """Finds what a run starts from, or decides what it will make, and checks that tokenizer and recipe fit it.
 
-    No weights are read. Raises UserError when the base cannot be reached or does not read documents that long, when
+    No weights are read. Raises UserError when the base cannot be reached or does not read documents that long, when an
+    adapter is to learn another tokenizer than the base's with tokens added, when
     `adapter.freeze` names what it does not have or leaves nothing to train, or when a run that is resumed has lost its
     base/.
     """
@@ -109,6 +110,12 @@ def open_base(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerFast, *, r
         scale_rope(config, scaling, recipe.sequence.max_length)
     base = Base(recipe, folder, config, max(config.vocab_size, len(tokenizer)), new)
     _check_frozen(base)
+    if not base.full and tokenizer.vocab_size > config.vocab_size:  # without what was added to it
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens of its own and the base model {config.vocab_size:,}",
+            key="model.tokenizer",
+            hint="take the base model's own, with tokens added; adapter: {method: full} can learn another tokenizer",
+        )
     return base
 
 

@@ -88,7 +88,7 @@ class Clock:
 
 def install(clock: Clock) -> None:
     """Puts the clock's ticks into the trainer's code."""
-    from llama_ft.train import resumable, run, samples
+    from llama_ft.train import finish, resumable, samples
     from llama_ft.train.trainer import LlamaTrainer
 
     def around(owner: Any, name: str, site: str, *, after: bool = False, when: Callable[..., bool] = lambda *a: True):
@@ -125,8 +125,8 @@ def install(clock: Clock) -> None:
     around(os, "fsync", "save: synced", after=True)
     around(Path, "rename", "save: before the rename", when=at_checkpoints)
     around(Path, "rename", "save: after the rename", after=True, when=at_checkpoints)
-    around(run, "save_adapter", "result: weights")
-    around(run, "save_full", "result: weights")
+    around(finish, "save_adapter", "result: weights")
+    around(finish, "save_full", "result: weights")
     samples.MAX_NEW_TOKENS = samples.DURING_NEW_TOKENS = 2  # answers are not what is looked at here
 
 

@@ -200,14 +200,16 @@ def test_full_tuning_learns_new_tokens(tiny_base, tmp_path):
     assert json.loads((run.merged / "config.json").read_text())["vocab_size"] == 363
 
 
-def test_an_adapter_cannot(tiny_base, tmp_path):
-    grown = grown_tokenizer(tiny_base, tmp_path / "grown", 3)
-    changes = {"model.base": str(tiny_base), "model.tokenizer": str(grown)}
+def test_an_adapter_does_not_learn_another_tokenizer(tiny_base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.resize_token_embeddings(350)
+    model.save_pretrained(tmp_path / "small")
+    changes = {"model.base": str(tmp_path / "small"), "model.tokenizer": str(tiny_base)}
     with pytest.raises(UserError) as caught:
         train_recipe(recipe(tmp_path / "run", tiny_base, **changes))
     [problem] = caught.value.problems
     assert (problem.key, problem.what) == (
         "model.tokenizer",
-        "the tokenizer has 363 tokens and the base model 360",
+        "the tokenizer has 360 tokens of its own and the base model 350",
     )
     assert "adapter: {method: full}" in str(problem.hint)

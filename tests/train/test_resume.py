@@ -20,7 +20,7 @@ from llama_ft import load_recipe
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.recipe.run import Run
 from llama_ft.train import checkpoints, resumable
-from llama_ft.train import run as run_room
+from llama_ft.train import finish as finish_room
 from llama_ft.train.checkpoints import newest_whole, position_of, remove_old, seal, verify
 from llama_ft.train.resume import check_same_recipe
 from llama_ft.train.trainer import LlamaTrainer
@@ -380,7 +380,7 @@ def test_a_signal_after_the_last_step_leaves_the_result_to_the_resume(settings, 
     """And the resume takes no step more, although the run ends inside an epoch."""
     here = [*settings, f"output_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
-        signal_at(patch, run_room, "save_adapter", signal.SIGTERM)
+        signal_at(patch, finish_room, "save_adapter", signal.SIGTERM)
         stopped(here)
     assert "checkpoint step-6 is whole" in capfd.readouterr().err
     run = Run(tmp_path / "run")

@@ -105,15 +105,16 @@ def test_trackio_keeps_its_store_in_the_run(run, capsys):
 
 def test_a_missing_package_is_said_before_anything_is_prepared(tmp_path, monkeypatch):
     """Through the trainer itself: a recipe whose data does not even exist is refused for the trackers first."""
-    from llama_ft.train import run as run_module
+    from llama_ft.train import start as start_module
+    from llama_ft.train.run import train_recipe
 
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if not absent:
         pytest.skip("all trackers are installed")
-    monkeypatch.setattr(run_module, "prepare_data", lambda *_, **__: pytest.fail("data was prepared first"))
+    monkeypatch.setattr(start_module, "prepare_data", lambda *_, **__: pytest.fail("data was prepared first"))
     recipe = load_recipe("quickstart", [f"tracking=[tensorboard, {', '.join(absent)}]", f"output_dir={tmp_path / 'r'}"])
     with pytest.raises(UserError) as caught:
-        run_module.train_recipe(recipe)
+        train_recipe(recipe)
     assert [problem.key for problem in caught.value.problems] == [f"tracking.{i + 1}" for i in range(len(absent))]
     for name, problem in zip(absent, caught.value.problems, strict=True):
         assert f"'{name}', which is not installed" in problem.what and f"pip install '{PACKAGES[name]}'" in problem.hint
