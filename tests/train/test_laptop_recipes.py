@@ -1,4 +1,4 @@
-"""Every recipe for a machine without a GPU runs two steps through the real entry point and is exported and proven."""
+"""Every recipe for a machine without a GPU runs two steps through the real entry point; one is exported and proven."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def test_two_steps(small_base, tmp_path, name):
         changes.append(f"data.0.path={path}")
     if isinstance(recipe.eval_data, list):
         changes.append("eval_data.0.limit=8")
+    if name != "quickstart":
+        changes.append("export.merged=false")
     line = [*ACCELERATE, "--config_file", recipe.launch, "-m", "llama_ft.train", name, *changes]
     done = subprocess.run(
         [*line, f"output_dir={tmp_path / 'run'}"],
@@ -62,4 +64,5 @@ def test_two_steps(small_base, tmp_path, name):
     )
     assert done.returncode == 0, done.stderr
     assert len(metric(tmp_path / "run")) == 2
-    assert json.loads((tmp_path / "run" / "export.json").read_text())["ok"] is True
+    if name == "quickstart":  # the proofs of every method are tests/train/test_methods.py's
+        assert json.loads((tmp_path / "run" / "export.json").read_text())["ok"] is True

@@ -69,7 +69,10 @@ TOGETHER = {
 """Every method, optimizer and schedule at least once; one at a time they are marked slow."""
 
 
-@pytest.mark.parametrize("method", TOGETHER)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "LoRA and embedding" else name for name in TOGETHER],
+)
 def test_they_learn_together_and_their_export_is_proven(small_base, real_data, tmp_path, method):
     learns(train(small_base, real_data, tmp_path / "run", *TOGETHER[method]))
 
@@ -114,7 +117,7 @@ def test_qlora_on_the_whole_model_merges_to_what_it_answers(smollm2, real_data, 
         ("qlora", False),
         pytest.param("qlora", True, marks=pytest.mark.slow),
         pytest.param("lora", False, marks=pytest.mark.slow),
-        ("full", True),
+        pytest.param("full", True, marks=pytest.mark.slow),
     ],
 )
 def test_new_tokens_are_trained_saved_merged_and_served(small_base, real_data, grown_tokenizer, tmp_path, method, tied):

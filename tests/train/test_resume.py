@@ -347,7 +347,7 @@ def test_sigterm_in_an_evaluation_gives_it_up_and_the_resume_evaluates(settings,
     assert position_of(run.checkpoint(3))["held_out_loss"] == metric(run.path, "eval_loss")[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(settings, unbroken, tmp_path, monkeypatch, capfd, number):
     here = [*settings, f"output_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
@@ -405,7 +405,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "save_model", "manifest", "metrics"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "_save_optimizer_and_scheduler",
+        pytest.param("save_model", marks=pytest.mark.slow),
+        "manifest",
+        pytest.param("metrics", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(settings, unbroken, small_disk, monkeypatch, place):
     """Really full: from inside the second save, or while the third step's line is written, not a page more fits."""
     here = [*settings, "training.max_steps=4", f"output_dir={small_disk / 'run'}"]
@@ -440,7 +448,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(settings, unbroken, smal
         assert len(metric(run.path)) == 4
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("number", [errno.EROFS, pytest.param(errno.EIO, marks=pytest.mark.slow)])
 def test_a_disk_that_fails_is_said(settings, tmp_path, monkeypatch, number):
     """A disk that the kernel made read-only, or that cannot be read, in the second save."""
     publish, calls = resumable.publish, []
