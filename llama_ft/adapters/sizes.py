@@ -11,24 +11,34 @@ from llama_ft.recipe.schema import Adapter
 
 
 def trained_weights(shape: Shape, adapter: Adapter, *, new_tokens: bool = False) -> int:
-    """Weights that training changes.
+    """Weights that training changes: factors, DoRA's lengths, and what is trained whole.
 
-    full: all but the frozen ones. Adapters: Σ r·(in + out) over the targets (arXiv 2106.09685), one length per output
-    row for DoRA (arXiv 2402.09353), and the modules that are trained whole; `new_tokens`: embedding and head are.
+    Σ r·(in + out) over the targets (arXiv 2106.09685), and one length per output row for DoRA (arXiv 2402.09353).
+    """
+    factors = sum(adapter.r * (out + into) + (out if adapter.dora else 0) for out, into in target_sizes(shape, adapter))
+    return factors + sum(map(prod, whole_sizes(shape, adapter, new_tokens=new_tokens)))
+
+
+def target_sizes(shape: Shape, adapter: Adapter) -> list[tuple[int, int]]:
+    """(out, in) of every projection that carries factors; none in full tuning."""
+    if adapter.method == "full":
+        return []
+    return [shape.projections[name.rpartition(".")[2]] for name in matched(adapter.targets, shape.layers)]
+
+
+def whole_sizes(shape: Shape, adapter: Adapter, *, new_tokens: bool = False) -> list[tuple[int, ...]]:
+    """Shapes of the base's own weights that are trained: all, less `freeze`; or `modules_to_save` beside an adapter.
+
+    new_tokens: the tokenizer has more tokens than the base, so embedding and head are. A tied head is the embedding.
     """
     if adapter.method == "full":
-        sizes = {name: prod(size) for name, size in weight_names(shape).items()}
-        return sum(size for name, size in sizes.items() if not is_frozen(name, adapter))
-    total = 0
-    for name in matched(adapter.targets, shape.layers):
-        out, into = shape.projections[name.rpartition(".")[2]]
-        total += adapter.r * (out + into) + (out if adapter.dora else 0)
-    whole = {*adapter.modules_to_save, *(("embed_tokens", "lm_head") if new_tokens else ())}
-    table = shape.vocabulary * shape.hidden
-    tables = (
-        min(1, len(whole & {"embed_tokens", "lm_head"})) if shape.tied else len(whole & {"embed_tokens", "lm_head"})
-    )
-    return total + tables * table + ((2 * shape.layers + 1) * shape.hidden if "norms" in whole else 0)
+        return [size for name, size in weight_names(shape).items() if not is_frozen(name, adapter)]
+    saved = {*adapter.modules_to_save, *(("embed_tokens", "lm_head") if new_tokens else ())}
+    tables = len(saved & {"embed_tokens", "lm_head"})
+    if shape.tied:
+        tables = min(1, tables)
+    norms = 2 * shape.layers + 1 if "norms" in saved else 0
+    return [*[(shape.vocabulary, shape.hidden)] * tables, *[(shape.hidden,)] * norms]
 
 
 def is_frozen(name: str, adapter: Adapter) -> bool:

@@ -8,7 +8,7 @@ vocabularies 32,016 while 34B has 32,000; `llama-3-405b` is the 8K stage of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -114,10 +114,6 @@ class Shape:
             if (self.attention_bias if name in attention else self.mlp_bias)
         ]
         return self.layers * sum(rows)
-
-    def lora_parameters(self, r: int, targets: Iterable[str]) -> int:
-        """Weights of a LoRA of rank r on the named projections: layers · Σ r·(in + out) (arXiv 2106.09685)."""
-        return self.layers * sum(r * sum(self.projections[name]) for name in targets)
 
     def memory(self, kind: str) -> int:
         """Bytes of the weights alone, held as one of KINDS: no activations, no cache, no optimizer.

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from llama_ft.adapters.sizes import is_frozen, trained_weights, weight_names
+from llama_ft.adapters.sizes import is_frozen, target_sizes, trained_weights, whole_sizes
 from llama_ft.llama.shapes import NF4_BYTES, Shape
-from llama_ft.recipe.check_adapter import matched
 from llama_ft.recipe.schema import Adapter
 
 FLOAT, HALF = 4, 2
@@ -44,10 +43,7 @@ class Weights:
     @cached_property
     def targets(self) -> list[tuple[int, int]]:
         """(out, in) of every projection that carries LoRA factors."""
-        if self.full:
-            return []
-        names = matched(self.adapter.targets, self.shape.layers)
-        return [self.shape.projections[name.rpartition(".")[2]] for name in names]
+        return target_sizes(self.shape, self.adapter)
 
     @property
     def lora(self) -> int:
@@ -62,16 +58,7 @@ class Weights:
     @cached_property
     def whole(self) -> list[tuple[int, ...]]:
         """Shapes of the base's own weights that are trained whole: all, less `freeze`; or `modules_to_save`."""
-        if self.full:
-            names = weight_names(self.shape)
-            return [size for name, size in names.items() if not is_frozen(name, self.adapter)]
-        s, saved = self.shape, set(self.adapter.modules_to_save)
-        if self.grown:
-            saved |= {"embed_tokens", "lm_head"}
-        table = (s.vocabulary, s.hidden)
-        norms = [(s.hidden,)] * (2 * s.layers + 1) if "norms" in saved else []
-        tables = [table] * (min(1, len(saved & {"embed_tokens", "lm_head"})) if s.tied else len(saved - {"norms"}))
-        return [*tables, *norms]
+        return whole_sizes(self.shape, self.adapter, new_tokens=self.grown)
 
     @property
     def trained_whole(self) -> int:

@@ -73,24 +73,29 @@ def test_equals_the_formula_and_pefts_merge(base, tmp_path, rs, scale):
     assert not list(tmp_path.glob(".*")), "nothing is left aside"
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+VARIANTS = {
+    "DoRA": {"use_dora": True},
+    "DoRA, rsLoRA, a regex": {"use_dora": True, "use_rslora": True, "target_modules": r"model\.layers\.1\..*_proj"},
+    "norms and DoRA": {"modules_to_save": ["input_layernorm"], "use_dora": True},
+}
+# A tied head is trained as the embedding; trained apart, PEFT would untie it.
+TIED = VARIANTS | {"embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}}
+UNTIED = VARIANTS | {
+    "embedding": {"modules_to_save": ["embed_tokens"]},
+    "head and norm": {"modules_to_save": ["lm_head", "norm"]},
+}
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("tied", "config"),
     [
-        {"use_dora": True},
-        {"use_dora": True, "use_rslora": True, "target_modules": r"model\.layers\.1\..*_proj"},
-        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        {"modules_to_save": ["lm_head", "norm"]},
-        {"modules_to_save": ["input_layernorm"], "use_dora": True},
+        pytest.param(tied, config, id=f"{name}-{'tied' if tied else 'untied'}")
+        for tied, variants in ((True, TIED), (False, UNTIED))
+        for name, config in variants.items()
     ],
-    ids=["DoRA", "DoRA, rsLoRA, a regex", "embedding", "head and norm", "norms and DoRA"],
 )
 def test_every_variant_equals_pefts_own_merge(tmp_path, tied, config):
-    if tied and "lm_head" in config.get("modules_to_save", ()):
-        pytest.skip("a tied head is trained as the embedding: PEFT would untie it")
     base = make_base(tmp_path / "base", tied=tied)
-    if not tied:
-        config = {key: value for key, value in config.items() if key != "ensure_weight_tying"}
     lora = read_lora(adapter(base, tmp_path / "a", **config))
     expected = peft_merge(base, tmp_path / "a")
     written = load_file(merge_adapter(base, lora, tmp_path / "out", **F32).path / "model.safetensors")

@@ -17,10 +17,11 @@ import torch
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as Reference
 
+from llama_ft.adapters.sizes import trained_weights
 from llama_ft.llama.init import meta_model, weight_shapes
 from llama_ft.llama.shapes import KINDS, PRESETS, Shape
 from llama_ft.recipe import schema_model
-from llama_ft.recipe.check_adapter import PROJECTIONS
+from llama_ft.recipe.schema import Adapter
 from tests.conftest import ROOT
 
 MODELS = "from llama_ft.cli import app; app(['models'{}])"
@@ -85,7 +86,7 @@ def test_memory():
     rows = 32 * (4096 + 1024 + 1024 + 4096 + 2 * 14336 + 4096)
     embeddings_and_norms = 2 * 128_256 * 4096 + 65 * 4096
     assert shape.memory("int8") == 6_979_321_856 + 4 * rows + 2 * embeddings_and_norms
-    assert shape.lora_parameters(16, PROJECTIONS) == 41_943_040
+    assert trained_weights(shape, Adapter(r=16)) == 41_943_040
     with pytest.raises(KeyError):
         shape.memory("q4")
 
