@@ -17,7 +17,7 @@ from llama_ft.llama.shapes import Shape
 from llama_ft.plan.flops import per_token
 from llama_ft.plan.weights import Weights
 from llama_ft.recipe.schema import Recipe
-from llama_ft.train.base import Base, Loaded
+from llama_ft.train.base import Base, Loaded, trains_base_weights
 
 GIB = 2**30
 SECONDS = 0.3
@@ -55,23 +55,25 @@ def measure_machine(base: Base, loaded: Loaded, lengths: Sequence[int] | np.ndar
 
     lengths: tokens of each document.
     """
-    shape = Shape.of_config({**base.config.to_dict(), "vocab_size": base.vocabulary})
     dtype = loaded.compute_dtype
-    if base.full and device.type == "cuda":  # float32 masters, multiplied under autocast
+    if trains_base_weights(base) and device.type == "cuda":  # float32 masters, multiplied under autocast
         dtype = DTYPES[base.recipe.model.dtype]
-    own = torch.tensor(machine_rate(shape, dtype, device), device=device)
+    own = torch.tensor(machine_rate(base.shape, dtype, device), device=device)
     total: Any = reduce(own, "sum")
-    return Machine(float(total), token_flops(base.recipe, shape, lengths))
+    return Machine(float(total), token_flops(base.recipe, base.shape, lengths, grown=base.grown))
 
 
-def token_flops(recipe: Recipe, shape: Shape, lengths: Sequence[int] | np.ndarray) -> Callable[[float], float]:
+def token_flops(
+    recipe: Recipe, shape: Shape, lengths: Sequence[int] | np.ndarray, *, grown: bool = False
+) -> Callable[[float], float]:
     """FLOP of one token of a run, as a function of the share that carries loss; llama_ft.plan.flops has the formula.
 
-    lengths: tokens of each document, of which attention needs Σℓ²/Σℓ.
+    lengths: tokens of each document, of which attention needs Σℓ²/Σℓ. grown: tokens were added, so that embedding and
+    head are trained.
     """
     tokens = np.asarray(lengths, dtype=np.float64)
     context = float((tokens**2).sum() / tokens.sum()) if tokens.sum() else 0.0
-    weights = Weights(shape, recipe.adapter)
+    weights = Weights(shape, recipe.adapter, grown)
     return lambda labelled: per_token(weights, recipe.training, labelled=labelled, mean_context=context)
 
 

@@ -43,7 +43,7 @@ def plan_of_run(
     if micro_batch is not None:
         training = recipe.training.model_copy(update={"micro_batch": micro_batch})
         recipe = recipe.model_copy(update={"training": training})
-    shape = Shape.of_config({**base.config.to_dict(), "vocab_size": base.vocabulary})
+    shape = Shape.of_config(base.config.to_dict())  # its own vocabulary: the plan sees by it that tokens were added
     known = Known(shape, "the run's base", None if base.new else stored_type(base.folder))
     facts = facts_of(prepared) if prepared.stream is None else data_facts(recipe)
     running = engine_of(state)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from llama_ft import load_recipe, train_recipe
+from llama_ft.data.prepare import prepare_data
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.export.run import export_run
 from llama_ft.llama.init import initial_weights
@@ -19,6 +21,9 @@ from llama_ft.llama.shapes import PRESETS
 from llama_ft.recipe.run import Run
 from llama_ft.serve.source import open_source
 from llama_ft.train import checks
+from llama_ft.train.base import open_base
+from llama_ft.train.machine import token_flops
+from llama_ft.train.planned import plan_of_run
 from tests.train.conftest import metric
 
 
@@ -90,12 +95,13 @@ def test_a_preset_trains_is_proven_and_resumes_exactly(method, tiny_base, tmp_pa
 
 
 def test_a_lost_base_is_said_and_never_replaced(tiny_base, tmp_path):
-    run = train_recipe(recipe(tmp_path / "run", tiny_base, **{"training.max_steps": "2", "export.merged": "false"}))
+    wanted = recipe(tmp_path / "run", tiny_base, **{"training.max_steps": "2", "export.merged": "false"})
+    run = train_recipe(wanted)
     checks.shutil.rmtree(run.base)
     with pytest.raises(UserError, match="own base is gone"):
         export_run(Run(run.path))
     with pytest.raises(UserError, match="own base is gone"):
-        train_recipe(recipe(tmp_path / "run", tiny_base), resume=True)
+        train_recipe(wanted, resume=True)
 
 
 def test_shapes_of_another_model_without_its_weights(tiny_base, tmp_path):
@@ -211,3 +217,16 @@ def test_an_adapter_does_not_learn_another_tokenizer(tiny_base, tmp_path):
     assert "adapter: {method: full}" in str(caught.value)
     with pytest.raises(UserError, match="has 360 tokens of its own and the base model 350"):
         train_recipe(wanted, allow=["vocabulary"])
+
+
+def test_the_plan_and_the_machine_know_that_tokens_were_added(tiny_base, tmp_path):
+    """Embedding and head are trained then: their optimizer states and their gradients are counted."""
+    grown = grown_tokenizer(tiny_base, tmp_path / "grown", 3)
+    wanted = recipe(tmp_path / "run", tiny_base, **{"model.base": str(tiny_base), "model.tokenizer": str(grown)})
+    prepared = prepare_data(wanted)
+    base = open_base(wanted, Run(tmp_path / "run"), prepared.tokenizer)
+    plan = plan_of_run(base, prepared, PartialState(cpu=True))
+    assert base.grown and plan.case.weights.grown
+    assert plan.case.weights.trained == base.trained
+    flops = [token_flops(wanted, base.shape, prepared.lengths, grown=one)(0.5) for one in (True, False)]
+    assert flops[0] > flops[1]
