@@ -1,23 +1,17 @@
-"""`llama-ft preview --html`: a preparation as one HTML file that a browser opens from anywhere.
-
-Nothing is fetched: style and script stand inside, and the page's own policy allows these two alone, by their hashes, so
-that a row cannot bring in anything that runs.
-"""
+"""`llama-ft preview --html`: a preparation as one HTML file that a browser opens from anywhere."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from llama_ft.data.documents import OVERLONG
 from llama_ft.data.page.counts import counts_html, faults_html, reason_html, reasons, summary
 from llama_ft.data.page.lengths import Beyond, lengths_html
+from llama_ft.data.page.shell import whole_page
 from llama_ft.data.page.tokens import Token, document_html, pack_html, plural, safe
 from llama_ft.data.render import MASKED
 from llama_ft.errors import UserError
@@ -27,24 +21,6 @@ if TYPE_CHECKING:
     from llama_ft.data.report import Report
 
 HERE = Path(__file__).parent
-
-FRAME = Template(
-    """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="$policy">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">
-<title>$name: what the model will see</title>
-<style>$style</style></head>
-<body><a class="skip" href="#documents">Skip to the documents</a>
-<header class="page"><p class="kind">llama-ft preview</p><h1>$name</h1>
-<p class="lede">$summary</p><dl class="settings">$settings</dl></header>
-<main>$faults<nav aria-label="Sections"><ul>$links</ul></nav>
-$sections</main>
-<output id="token" role="status" hidden></output>
-<script>$script</script></body></html>
-"""
-)
 
 
 @dataclass
@@ -145,23 +121,17 @@ def _page(view: PageView) -> str:
         ("packs", "Packs", _packs(view, names)),
         ("dropped", "Dropped rows", _dropped(view, names, numbers)),
     ]
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return FRAME.substitute(
-        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_pinned(style)}'; script-src '{_pinned(script)}'",
-        name=safe(view.recipe_name),
-        style=style,
-        summary=summary(view.report),
-        settings=_settings(view),
-        faults=faults_html(view.report),
-        links="".join(f'<li><a href="#{anchor}">{title}</a></li>' for anchor, title, html in sections if html),
-        sections="".join(html for _, _, html in sections),
-        script=script,
+    name = safe(view.recipe_name)
+    return whole_page(
+        HERE,
+        title=f"{name}: what the model will see",
+        header=f"""<a class="skip" href="#documents">Skip to the documents</a>
+<header class="page"><p class="kind">llama-ft preview</p><h1>{name}</h1>
+<p class="lede">{summary(view.report)}</p><dl class="settings">{_settings(view)}</dl></header>""",
+        notes=faults_html(view.report),
+        sections=sections,
+        after='<output id="token" role="status" hidden></output>\n',
     )
-
-
-def _pinned(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _all(view: PageView) -> Iterable[PageDocument]:

@@ -1,13 +1,11 @@
-"""report.html of a run, complete in itself: nothing is fetched, its own policy lets in its style and script alone."""
+"""report.html of a run, complete in itself."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
-from string import Template
 
+from llama_ft.data.page.shell import whole_page
 from llama_ft.data.page.tokens import plural, safe
 from llama_ft.errors import UserError
 from llama_ft.files import write_text
@@ -18,22 +16,6 @@ from llama_ft.train.page.html import facts, loss, number
 
 HERE = Path(__file__).parent
 
-FRAME = Template(
-    """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="$policy">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">
-<title>$name: report of a run</title>
-<style>$style</style></head>
-<body><a class="skip" href="#content">Skip to the content</a>
-<header class="page"><p class="kind">llama-ft report · $when</p><h1>$name</h1>
-<p class="lede">$lede</p>$settings$numbers</header>
-<main id="content">$notes<nav aria-label="Sections"><ul>$links</ul></nav>
-$sections</main>
-<script>$script</script></body></html>
-"""
-)
 STATES = {"finished": "finished", "stopped": "stopped", "failed": "failed", "running": "under way"}
 
 
@@ -63,25 +45,16 @@ def page(view: ReportView) -> str:
         ("environment", "Environment", sections.environment(view)),
         ("recipe", "Recipe", sections.recipe(view)),
     ]
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return FRAME.substitute(
-        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_pinned(style)}'; script-src '{_pinned(script)}'",
-        name=safe(view.name),
-        style=style,
-        when=_when(view),
-        lede=_lede(view),
-        settings=_settings(view),
-        numbers=sections.numbers(view),
+    name = safe(view.name)
+    return whole_page(
+        HERE,
+        title=f"{name}: report of a run",
+        header=f"""<a class="skip" href="#content">Skip to the content</a>
+<header class="page"><p class="kind">llama-ft report · {_when(view)}</p><h1>{name}</h1>
+<p class="lede">{_lede(view)}</p>{_settings(view)}{sections.numbers(view)}</header>""",
         notes=_state(view) + _warnings(view),
-        links="".join(f'<li><a href="#{anchor}">{title}</a></li>' for anchor, title, html in parts if html),
-        sections="".join(html for _, _, html in parts),
-        script=script,
+        sections=parts,
     )
-
-
-def _pinned(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _when(view: ReportView) -> str:
