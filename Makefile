@@ -23,12 +23,11 @@ model: $(READY)
 quickstart: model
 	$(BIN)/llama-ft train quickstart --overwrite
 
-# Training takes all cores for itself, and start-up times are measured alone; the rest runs in two processes of one thread.
-QUICK  := -m "not slow and not gpu and not peers"
-ALONE  := tests/train tests/test_house.py
+# Two processes of one thread; tests that bound the time of a start follow with the machine to themselves.
+QUICK  := not slow and not gpu and not peers
 test: model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK) -n 2 --dist loadfile $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(QUICK) $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK) and not alone" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "$(QUICK) and alone"
 
 lint: $(READY)
 	$(BIN)/ruff check .

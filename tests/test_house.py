@@ -77,6 +77,7 @@ def test_nothing_names_this_machine():
                     assert prefix not in text, f"{path} holds {prefix}"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("arguments", "limit"), [(["--help"], 0.5), (["validate", "quickstart"], 1.5)], ids=["help", "validate"]
 )

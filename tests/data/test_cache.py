@@ -76,6 +76,7 @@ def test_killed_in_the_middle(tmp_path: Path, make_recipe: Make, cache: Path) ->
     assert folders(cache) == [prepared.folder.name]  # what the killed process left is gone
 
 
+@pytest.mark.alone
 def test_second_time_is_fast_and_builds_nothing(tmp_path: Path, make_recipe: Make) -> None:
     recipe = make_recipe(write_jsonl(tmp_path / "rows.jsonl", chats(3000)))
     first = prepare_data(recipe)
