@@ -23,10 +23,10 @@ model: $(READY)
 quickstart: model
 	$(BIN)/llama-ft train quickstart --overwrite
 
-# Two processes of one thread; tests that bound the time of a start follow with the machine to themselves.
+# Two processes, a core each (tests/conftest.py); tests that bound the time of a start follow with the machine alone.
 QUICK  := not slow and not gpu and not peers
 test: model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK) and not alone" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "$(QUICK) and not alone" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m "$(QUICK) and alone"
 
 lint: $(READY)

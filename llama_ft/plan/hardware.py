@@ -7,6 +7,7 @@ shows.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -119,8 +120,14 @@ def _spellings(card: Card) -> set[str]:
 def this_cpu() -> Hardware:
     """The machine that plans: its main memory, less what other processes hold at this moment."""
     memory = psutil.virtual_memory()
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    return Hardware(f"this CPU ({processor()}, {cores} cores)", 1, memory.available, None, on_gpu=False)
+    return Hardware(f"this CPU ({processor()}, {usable_cores()} cores)", 1, memory.available, None, on_gpu=False)
+
+
+def usable_cores() -> int:
+    """Physical cores this process may run on: a container, Slurm or `taskset` may have left it some of them only."""
+    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS and Windows do not
+    return physical if allowed is None else min(physical, len(allowed(0)))
 
 
 def processor() -> str:

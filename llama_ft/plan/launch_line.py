@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from llama_ft.paths import find_file
 from llama_ft.plan.engine import Engine
-from llama_ft.plan.hardware import Hardware
+from llama_ft.plan.hardware import Hardware, usable_cores
 from llama_ft.recipe.launchers import Launcher, read_launcher
 from llama_ft.recipe.nodes import Findings, Source, plain
 from llama_ft.recipe.yaml_reader import read_file
@@ -36,7 +34,7 @@ def accelerate_line(
     # What accelerate would otherwise guess aloud.
     line += ["--dynamo_backend", "no"]
     if use_cpu:
-        line += ["--num_cpu_threads_per_process", str(psutil.cpu_count(logical=False) or 1)]
+        line += ["--num_cpu_threads_per_process", str(usable_cores())]
     line += ["--config_file", config]
     if processes is not None:
         line += ["--num_processes", str(processes)]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -16,6 +15,7 @@ from llama_ft.data.prepare import Prepared, prepare_data
 from llama_ft.data.show import rows_line
 from llama_ft.files import write_json, write_text
 from llama_ft.llama.load import DTYPES
+from llama_ft.plan.hardware import usable_cores
 from llama_ft.plan.plan import Plan
 from llama_ft.recipe import dump
 from llama_ft.recipe.run import Run
@@ -86,7 +86,7 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     check_optimizer(recipe)
     state = PartialState(cpu=not torch.cuda.is_available())
     check_engine(engine_of(state))
-    use_physical_cores(state)
+    use_all_cores(state)
     console = Console(quiet=not state.is_main_process)
     check_run_folder(run, resume=flags.resume, overwrite=flags.overwrite)
     resumed = open_resumed(run, recipe, state, console) if flags.resume else Resumed()
@@ -180,8 +180,7 @@ def checkpoints_at_once(recipe: Recipe, steps: int) -> int:
     return written if training.keep_checkpoints is None else min(written, training.keep_checkpoints + 2)
 
 
-def use_physical_cores(state: PartialState) -> None:
-    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all physical cores."""
+def use_all_cores(state: PartialState) -> None:
+    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants every core it may use."""
     if state.device.type == "cpu":
-        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // max(1, state.num_processes)))
+        torch.set_num_threads(max(1, usable_cores() // max(1, state.num_processes)))

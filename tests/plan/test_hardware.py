@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from llama_ft.errors import UserError
-from llama_ft.plan.hardware import CARDS, GIB, parse_hardware
+from llama_ft.plan.hardware import CARDS, GIB, parse_hardware, this_cpu, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,14 @@ def test_rates_are_dense():
         "A100-40GB": 312, "A100-80GB": 312, "H100-80GB": 989, "H200-141GB": 989, "B200-180GB": 2250,
     }  # fmt: skip
     assert all(card.source for card in CARDS.values())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process on some of the cores")
+def test_cores_that_a_container_keeps_are_not_counted():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+        assert this_cpu().name.endswith(", 1 cores)")
+    finally:
+        os.sched_setaffinity(0, before)
