@@ -181,6 +181,6 @@ def checkpoints_at_once(recipe: Recipe, steps: int) -> int:
 
 
 def use_all_cores(state: PartialState) -> None:
-    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants every core it may use."""
+    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all it may use."""
     if state.device.type == "cpu":
         torch.set_num_threads(max(1, usable_cores() // max(1, state.num_processes)))
