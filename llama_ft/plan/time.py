@@ -14,22 +14,25 @@ from llama_ft.plan.steps import Steps
 from llama_ft.plan.weights import BYTES, FLOAT
 from llama_ft.recipe.schema import Recipe
 
-OF_G = {"fused": 0.68, "plain": 0.50, "full": 0.72, "forward": 0.70}
+OF_G = {"fused": 0.68, "plain": 0.50, "full": 0.55, "forward": 0.70, "few rows": 0.16}
 """CPU: share of G that a step reaches: the fused LoRA product, PEFT's own forward (DoRA, dropout, quantised), full
-tuning, and an evaluation. From runs of SmolLM2-135M (docs/plan.md); "plain" is a guess that no quiet run has tested."""
+tuning; an evaluation; and the few rows of a decoding step. From runs of SmolLM2-135M (docs/plan.md)."""
 OF_CARD = ((900e12, 0.36), (0.0, 0.50))
 """GPU: share of the dense bfloat16 rate, by the card's rate. Fast cards: torchtitan's 6,667 tokens/s per H100 in full
 tuning of 8B; others: torchtune's 3,083 tokens/s for LoRA of 8B on a 4090 (56 %) and 2,413 for QLoRA (44 %)."""
-START = 8.0
-"""Start-up of launcher and trainer, in multiples of `import torch` on the same machine."""
+START = 12.5
+"""Start of launcher and trainer, the plan they make, and their end, in multiples of `import torch` on that machine."""
 GPU_START = 60.0
 """Seconds until the first step on a GPU: imports, CUDA, weights read; not yet measured by us."""
 DISK = 400e6
 """Bytes/s that a checkpoint is written, synced and read again with."""
 SAMPLE_TOKENS = 96
 """llama_ft.train.samples: the longest answer before and after training, to five questions at once."""
-PROOF_POSITIONS, PROOF_TOKENS = 700, 3 * 48
-"""llama_ft.export.proof: positions compared and tokens answered, by two models each."""
+QUESTIONS = 5
+"""llama_ft.train.samples: asked at once."""
+PROOF_POSITIONS, PROOF_TOKENS = 700, 3 * 48 // 2
+"""llama_ft.export.proof: positions compared and tokens answered, by two models each. A tuned model ends most answers
+before their limit: of three, about half."""
 DECODE_LAYER = 1.5e-3
 """Seconds that a layer takes to decode one token beside reading its weights: calls of small kernels."""
 DURING = 64
@@ -55,10 +58,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Speed:
-    """What one device does: FLOP/s in training and in evaluation, bytes/s of its memory, seconds to the first step."""
+    """What one device does: FLOP/s in training, in evaluation, in decoding several answers; bytes/s of its memory;
+    seconds of the start."""
 
     training: float
     forward: float
+    few_rows: float
     bandwidth: float
     start: float
     source: str
@@ -70,7 +75,8 @@ def cpu_speed(case: Case, rates: Rates, dtype: str) -> Speed:
     g = rates.flops[dtype]
     where = f"{dtype} on {rates.threads} threads"
     source = f"measured here just now: {g / 1e9:.0f} GFLOP/s in {where}, of which {OF_G[kind]:.0%}"
-    return Speed(g * OF_G[kind], g * OF_G["forward"], rates.bandwidth, START * rates.imported, source)
+    training, forward, few_rows = (g * OF_G[name] for name in (kind, "forward", "few rows"))
+    return Speed(training, forward, few_rows, rates.bandwidth, START * rates.imported, source)
 
 
 def card_speed(card: Card, case: Case) -> Speed:
@@ -79,7 +85,8 @@ def card_speed(card: Card, case: Case) -> Speed:
     if case.weights.quantised:
         share *= 0.44 / 0.56
     source = f"{card.flops / 1e12:.0f} TFLOP/s dense bfloat16 ({card.source}), of which {share:.0%}; not run by us"
-    return Speed(card.flops * share, card.flops * share, card.bandwidth, GPU_START, source)
+    rate = card.flops * share
+    return Speed(rate, rate, rate, card.bandwidth, GPU_START, source)
 
 
 def seconds(
@@ -95,9 +102,13 @@ def seconds(
     evaluations, answers = 0.0, 0.0
     if facts.evaluated is not None:
         rounds = 1 + steps.total // recipe.training.eval_every + (steps.total % recipe.training.eval_every > 0)
-        evaluations = rounds * forward(weights, Tokens(*facts.evaluated)) / world / speed.forward
+        held_out = Tokens(*facts.evaluated)
+        evaluations = rounds * forward(weights, held_out) / world / speed.forward
         between = max(0, rounds - 2)  # an evaluation on the way is followed by shorter answers
-        answers = (2 * SAMPLE_TOKENS + between * DURING) * _decode(case, speed)
+        answers = (2 * SAMPLE_TOKENS + between * DURING) * _decode(case, speed, QUESTIONS)
+        asked = QUESTIONS * held_out.mean_context  # padded to the longest, which Σℓ²/Σℓ leans to
+        questions = Tokens(asked, QUESTIONS, asked * held_out.mean_context)
+        answers += (2 + between) * forward(weights, questions) / speed.forward
     writes = stored.checkpoint * max(1, -(-steps.total // recipe.training.save_every)) / DISK
     return Seconds(
         start=speed.start,
@@ -122,9 +133,13 @@ def _pass_bytes(case: Case) -> float:
     return 2 * 2.5 * linear if case.weights.quantised else 3.0 * FLOAT * case.weights.trained_whole
 
 
-def _decode(case: Case, speed: Speed) -> float:
-    """Seconds per answered token, for one answer or a few at once: every weight is read once, every layer called."""
-    return case.weights.held(case.held) / speed.bandwidth + DECODE_LAYER * case.weights.shape.layers
+def _decode(case: Case, speed: Speed, rows: int) -> float:
+    """Seconds of a token of `rows` answers at once: every weight is read, every layer called, more rows multiplied."""
+    weights = case.weights
+    # On a CPU quantised weights are unpacked to decode (llama_ft.adapters.quantised.unpacked).
+    read = FLOAT * weights.total if weights.quantised and not case.on_gpu else weights.held(case.held)
+    calls = DECODE_LAYER * weights.shape.layers
+    return read / speed.bandwidth + calls + 2 * weights.total * (rows - 1) / speed.few_rows
 
 
 def _export(recipe: Recipe, case: Case, speed: Speed, stored: Disk) -> float:
