@@ -44,6 +44,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def write_config(folder: Path, name: str) -> Path:
     whole = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "num_processes": 2}
+    whole["main_process_port"] = 0  # a free one: another test may be on accelerate's own
     path = folder / "launch.yaml"
     path.write_text(json.dumps({**whole, "mixed_precision": "no", **CONFIGS[name]}))
     return path

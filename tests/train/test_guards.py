@@ -213,6 +213,7 @@ def test_deepspeed_does_not_take_the_step_either(poisoned, tmp_path):
     pytest.importorskip("deepspeed")
     place = write_rows(tmp_path / "rows.jsonl", row("Is ~ a llama?"), step=3, global_batch=4)
     machine = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "num_processes": 2}
+    machine["main_process_port"] = 0  # a free one: another test may be on accelerate's own
     engine = {"zero_stage": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     config = {"distributed_type": "DEEPSPEED", "use_cpu": True, "mixed_precision": "no", "deepspeed_config": engine}
     (tmp_path / "launch.yaml").write_text(json.dumps({**machine, **config}))
