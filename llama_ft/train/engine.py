@@ -105,9 +105,12 @@ def engine_of(state: PartialState) -> Engine:
     if kind == DistributedType.DEEPSPEED or (_flag("ACCELERATE_USE_DEEPSPEED") and not _flag("ACCELERATE_USE_CPU")):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Engine(f"ZeRO-{stage}" if stage else "ZeRO", state.num_processes, state.backend)
-    if kind == DistributedType.FSDP or (kind != DistributedType.MULTI_CPU and _flag("ACCELERATE_USE_FSDP")):
-        name = "FSDP2" if os.environ.get("FSDP_VERSION") == "2" else "FSDP"
-        return Engine(name, state.num_processes, state.backend)
+    version = os.environ.get("FSDP_VERSION")
+    # On CPUs version 2 alone: llama_ft.train.processes.
+    if kind == DistributedType.FSDP or (
+        _flag("ACCELERATE_USE_FSDP") and (kind != DistributedType.MULTI_CPU or version == "2")
+    ):
+        return Engine("FSDP2" if version == "2" else "FSDP", state.num_processes, state.backend)
     return Engine("DDP", state.num_processes, state.backend)
 
 

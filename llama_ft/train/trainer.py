@@ -20,6 +20,7 @@ from llama_ft.recipe.schema import Recipe
 from llama_ft.train.ends import EndToken
 from llama_ft.train.guards import Guard
 from llama_ft.train.optimizer import make_optimizer, make_schedule, optimizer_arguments
+from llama_ft.train.processes import allow_fsdp2_on_cpus
 from llama_ft.train.resumable import ResumableTrainer, kept_random_numbers
 from llama_ft.train.steps import EpochOrder
 
@@ -81,6 +82,11 @@ class LlamaTrainer(ResumableTrainer):
             base: Any = self.model.get_base_model()
             stack_projections(base)  # the trainer has just moved the model to its device
         self.step_began = (0.0, 0, 0)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Called once as the trainer is made."""
+        allow_fsdp2_on_cpus()
+        super().create_accelerator_and_postprocess()
 
     def compute_loss(
         self,

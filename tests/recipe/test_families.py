@@ -201,7 +201,7 @@ def test_a_starting_point_is_for_one_card_and_for_a_model_that_knows_the_templat
     recipe = load_recipe(name)
     assert recipe.name == name.rpartition("/")[2] and recipe.reproduces is None
     assert recipe.model.base.endswith("-Instruct") and recipe.template == "llama3-chat"
-    assert recipe.launch.endswith("accelerate_configs/gpu.yaml")
+    assert recipe.launch.endswith("accelerate_configs/single_gpu.yaml")
     assert recipe.adapter.method == name.rpartition("-")[2]
 
 
