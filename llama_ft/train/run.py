@@ -10,6 +10,7 @@ import datasets
 
 from llama_ft.data.batches import PackedCollator, PaddedCollator
 from llama_ft.data.prepare import Prepared
+from llama_ft.plan.steps import Cut
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.base import Loaded, load_for_training, trains_base_weights
@@ -22,7 +23,7 @@ from llama_ft.train.guards import Guard
 from llama_ft.train.planned import peak_bytes, write_measured
 from llama_ft.train.progress import ProgressLine
 from llama_ft.train.start import Flags, Start, make_new_base, open_start, say_start, write_start
-from llama_ft.train.steps import EpochOrder, with_silence
+from llama_ft.train.steps import EpochOrder, held_out, with_silence
 from llama_ft.train.stop import STOPPED, StopCleanly
 from llama_ft.train.trainer import LlamaTrainer, training_arguments
 from llama_ft.train.warn import Warnings
@@ -90,6 +91,8 @@ def _train(start: Start, stop: StopCleanly) -> None:
 def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopCleanly) -> LlamaTrainer:
     """The trainer of a run, with its data in their order."""
     recipe, prepared = start.recipe, start.prepared
+    cut = Cut(start.micro_batch, start.accumulation, start.state.num_processes)
+    evaluated = held_out(prepared.eval, cut)
     return LlamaTrainer(
         model=loaded.model,
         args=training_arguments(
@@ -101,7 +104,7 @@ def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopC
             masters=trains_base_weights(start.base),
         ),
         data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
-        eval_dataset=prepared.eval.with_format("numpy") if prepared.eval is not None else None,
+        eval_dataset=evaluated.with_format("numpy") if evaluated is not None else None,
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
         run=start.run,
@@ -109,19 +112,17 @@ def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopC
         stop=stop,
         guard=Guard(start.run, recipe, prepared),
         ends=EndToken.of(prepared),
-        **training_set(prepared, recipe, start.micro_batch, start.state.num_processes),
+        **training_set(prepared, recipe, cut),
     )
 
 
-def training_set(prepared: Prepared, recipe: Recipe, micro_batch: int, processes: int) -> dict[str, Any]:
-    """What the trainer reads, and in which order: grouped by length where micro-batches are padded."""
+def training_set(prepared: Prepared, recipe: Recipe, cut: Cut) -> dict[str, Any]:
+    """What the trainer reads, and in which order: llama_ft/data/balance.py lays a step out for the cut."""
     stream = prepared.stream
     if stream is not None:
         return {"train_dataset": datasets.IterableDataset.from_generator(lambda: iter(stream)), "order": None}
-    lengths = None if recipe.sequence.packing else prepared.lengths
-    at_once = micro_batch * processes if processes > 1 else 1
-    order = EpochOrder(prepared.mixture, recipe.training.global_batch, lengths, at_once)
-    documents = prepared.train if processes == 1 else with_silence(prepared.train)
+    order = EpochOrder(prepared.mixture, cut, prepared.lengths, packing=recipe.sequence.packing)
+    documents = prepared.train if cut.world == 1 else with_silence(prepared.train)
     return {"train_dataset": documents.with_format("numpy"), "order": order}
 
 
