@@ -34,6 +34,11 @@ class Engine:
     processes: int
     backend: str | None = None
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether no process has the weights whole."""
+        return self.name.startswith("FSDP") or self.name == "ZeRO-3"
+
     def __str__(self) -> str:
         count = "one process" if self.processes == 1 else f"{self.processes} processes"
         whole = f"{self.name} on {count}" if self.name else count

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from llama_ft.data.prepare import Prepared
-    from llama_ft.train.base import Base, Loaded
+    from llama_ft.train.base import Base
+    from llama_ft.train.load import Loaded
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 SAMPLE = 2**20

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from llama_ft.errors import Problem, UserError
@@ -21,6 +20,7 @@ from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.checkpoints import newest_whole, remove_old, set_aside, tidy
 from llama_ft.train.lock import recipe_hash
+from llama_ft.train.together import said_by_main
 
 BESIDE_THE_CURVE = (
     # What a run is called, where it lies, and what it tells.
@@ -114,18 +114,7 @@ def open_resumed(run: Run, recipe: Recipe, state: PartialState, console: Console
     Nothing is touched when the run cannot go on: UserError for no run, for one of which no checkpoint is whole, for a
     recipe that differs where it matters. A run that was killed before its first checkpoint begins again.
     """
-    found: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            found = [_find(run, recipe)]
-        except UserError as error:
-            found = [error]
-    found = broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        if state.is_main_process:
-            raise found[0]
-        raise SystemExit(found[0].exit_code)  # said once
-    resumed: Resumed = found[0]
+    resumed = said_by_main(lambda: _find(run, recipe), main=state.is_main_process)
     say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
     for step, faults in resumed.damaged.items():
         say(f"checkpoint step-{step} is damaged ({'; '.join(faults)}); kept as step-{step}.damaged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,10 @@ from llama_ft.recipe import dump
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.trainable import check_trainable
-from llama_ft.train.base import Base, Loaded, open_base, write_base
+from llama_ft.train.base import Base, open_base, write_base
 from llama_ft.train.checks import check_disk, check_run_folder, check_same_data, check_writable, clear_run_folder
 from llama_ft.train.engine import check_engine, check_launch, engine_of
+from llama_ft.train.load import Loaded
 from llama_ft.train.lock import lock_contents
 from llama_ft.train.optimizer import check_optimizer
 from llama_ft.train.planned import cut_of_run, plan_of_run
@@ -81,6 +83,8 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     Raises UserError and MachineFault as each of them does.
     """
     check_launch()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, DeepSpeed would guess, and say so
     check_trainable(recipe)
     check_trackers(recipe)
     check_optimizer(recipe)
