@@ -150,19 +150,20 @@ def _find(run: Run, recipe: Recipe) -> Resumed:
     return Resumed(step, changed, damaged)
 
 
-CUT = ("world_size", "micro_batch", "accumulation")
+CUT = ("world_size", "micro_batch", "accumulation", "engine")
 
 
 def cut_in_force(lock: dict[str, Any]) -> dict[str, Any]:
-    """How steps were cut last: world_size, micro_batch and accumulation of the last resume, else of the start."""
+    """How steps were cut last, and by which engine: as the last resume says, else the start."""
     last = (lock.get("resumed") or [lock])[-1]
     return {name: last.get(name) for name in CUT}
 
 
-def record(run: Run, recipe: Recipe, resumed: Resumed, now: tuple[int, int, int], console: Console) -> None:
+def record(run: Run, recipe: Recipe, resumed: Resumed, now: tuple[int, int, int, str], console: Console) -> None:
     """Adds a resume to run.lock.json and puts the changed recipe into the run's; says what is no longer bit for bit.
 
-    `now`: world size, micro-batch and accumulation from here on. Called by one process, when the run is known to go on.
+    `now`: world size, micro-batch, accumulation and engine from here on. Called by one process, when the run is known
+    to go on.
     """
     lock = run.lock
     before, cut = cut_in_force(lock), dict(zip(CUT, now, strict=True))
@@ -176,8 +177,10 @@ def record(run: Run, recipe: Recipe, resumed: Resumed, now: tuple[int, int, int]
     rounded = [one.key for one in resumed.changed if re.fullmatch("|".join(EQUAL_TO_ROUNDING), one.key)]
     if before["world_size"] != cut["world_size"]:
         rounded.insert(0, f"{before['world_size']} → {cut['world_size']} processes")
-    elif before != cut and "training.micro_batch" not in rounded:
+    elif before["micro_batch"] != cut["micro_batch"] and "training.micro_batch" not in rounded:
         rounded.insert(0, f"micro-batches of {before['micro_batch']} → {cut['micro_batch']}")
+    if before["engine"] != cut["engine"]:
+        rounded.insert(0, f"{before['engine']} → {cut['engine']}")
     if rounded:
         noise = recipe.adapter.dropout or recipe.training.neftune_alpha
         also = ", and dropout and noise draw other random numbers" if noise else ""

@@ -88,6 +88,8 @@ def _train(start: Start, stop: StopCleanly) -> None:
 def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopCleanly) -> LlamaTrainer:
     """The trainer of a run, with its data in their order."""
     recipe, prepared = start.recipe, start.prepared
+    processes = start.state.num_processes
+    at_once = start.micro_batch * processes if processes > 1 else 1
     return LlamaTrainer(
         model=loaded.model,
         args=training_arguments(
@@ -100,7 +102,7 @@ def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopC
             fresh=start.step is None,
         ),
         data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
-        eval_dataset=prepared.eval.with_format("numpy") if prepared.eval is not None else None,
+        eval_dataset=held_out_set(prepared, at_once),
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
         run=start.run,
@@ -108,19 +110,33 @@ def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopC
         stop=stop,
         guard=Guard(start.run, recipe, prepared),
         ends=EndToken.of(prepared),
-        **training_set(prepared, recipe, start.micro_batch, start.state.num_processes),
+        **training_set(prepared, recipe, at_once),
     )
 
 
-def training_set(prepared: Prepared, recipe: Recipe, micro_batch: int, processes: int) -> dict[str, Any]:
-    """What the trainer reads, and in which order: grouped by length where micro-batches are padded."""
+def held_out_set(prepared: Prepared, at_once: int) -> datasets.Dataset | None:
+    """The held-out documents, and silent ones up to a multiple of those that all processes take together.
+
+    The launcher would take documents of the beginning again, and so count them twice.
+    """
+    documents = prepared.eval
+    if documents is None:
+        return None
+    missing = -len(documents) % at_once
+    return (with_silence(documents, missing) if missing else documents).with_format("numpy")
+
+
+def training_set(prepared: Prepared, recipe: Recipe, at_once: int) -> dict[str, Any]:
+    """What the trainer reads, and in which order: grouped by length where micro-batches are padded.
+
+    at_once: documents that all processes take together; 1 for a single process, which may take fewer.
+    """
     stream = prepared.stream
     if stream is not None:
         return {"train_dataset": datasets.IterableDataset.from_generator(lambda: iter(stream)), "order": None}
     lengths = None if recipe.sequence.packing else prepared.lengths
-    at_once = micro_batch * processes if processes > 1 else 1
     order = EpochOrder(prepared.mixture, recipe.training.global_batch, lengths, at_once)
-    documents = prepared.train if processes == 1 else with_silence(prepared.train)
+    documents = prepared.train if at_once == 1 else with_silence(prepared.train)
     return {"train_dataset": documents.with_format("numpy"), "order": order}
 
 

@@ -41,10 +41,10 @@ class EpochOrder(Sampler[int]):
         return iter([*order.tolist(), *[sum(self.mixture.sizes)] * self.filled])
 
 
-def with_silence(documents: datasets.Dataset) -> datasets.Dataset:
-    """The documents and, behind the last, one of two tokens that carries no loss and so changes nothing."""
+def with_silence(documents: datasets.Dataset, count: int = 1) -> datasets.Dataset:
+    """The documents and, behind the last, `count` of two tokens that carry no loss and so change nothing."""
     silent: dict[str, list[Any]] = {}
     for name, feature in documents.features.items():
         masked = MASKED if name.endswith("labels") else 0
-        silent[name] = [[masked] * 2 if isinstance(feature, datasets.List) else 0]
+        silent[name] = [[masked] * 2 if isinstance(feature, datasets.List) else 0] * count
     return datasets.concatenate_datasets([documents, datasets.Dataset.from_dict(silent, features=documents.features)])
