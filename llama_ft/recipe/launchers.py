@@ -10,6 +10,14 @@ from llama_ft.errors import Problem
 from llama_ft.recipe.nodes import Findings, Source, plain
 from llama_ft.recipe.yaml_reader import read_file
 
+PARALLEL = ("tp_size", "cp_size", "sp_size", "dp_replicate_size")
+"""Of accelerate's parallelism_config: how many processes share one sequence or one weight in other ways than FSDP2."""
+NOT_PARALLEL = (
+    "tensor, context and sequence parallelism and replicated shards are not supported: the libraries cut attention "
+    "through hooks of transformers' own attention, and the one here keeps documents of a pack apart"
+)
+NOT_PARALLEL_HINT = "long documents: training.gradient_checkpointing: true and fsdp2.yaml on more GPUs"
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -38,6 +46,10 @@ def read_launcher(path: Path) -> Launcher | list[Problem]:
     if not isinstance(kind, str):
         hint = "see accelerate_configs/cpu.yaml, or let `accelerate config` write one"
         return [Problem("is no launch config: distributed_type is missing", f"{path}:1:1", "distributed_type", hint)]
+    parallel = config.get("parallelism_config")
+    for key, size in parallel.items() if isinstance(parallel, dict) else ():
+        if str(key).endswith(PARALLEL) and isinstance(size, int) and size > 1:
+            return [Problem(f"{key} is {size}: {NOT_PARALLEL}", f"{path}:1:1", "parallelism_config", NOT_PARALLEL_HINT)]
     processes = config.get("num_processes", 1)
     count = processes if isinstance(processes, int) and processes > 0 else 1
     return Launcher(config.get("use_cpu") is True, count, _engine(kind, config))

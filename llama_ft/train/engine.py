@@ -22,7 +22,7 @@ from rich.console import Console
 
 from llama_ft.errors import Problem, UserError
 from llama_ft.recipe.engines import unfit
-from llama_ft.recipe.launchers import Launcher, read_launcher
+from llama_ft.recipe.launchers import NOT_PARALLEL, NOT_PARALLEL_HINT, PARALLEL, Launcher, read_launcher
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.launch import ASKED
 
@@ -84,6 +84,10 @@ def check_launch() -> None:
             key="launch",
             hint="on a CPU use accelerate_configs/cpu.yaml, or start the processes with torchrun",
         )
+    for name in PARALLEL:
+        size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+        if size != "1":
+            raise UserError(f"{name} is {size}: {NOT_PARALLEL}", key="launch", hint=NOT_PARALLEL_HINT)
 
 
 def check_engine(found: Engine) -> None:
