@@ -135,7 +135,7 @@ def engine_of(state: PartialState) -> Engine:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Engine(f"ZeRO-{stage}" if stage else "ZeRO", state.num_processes, state.backend)
     version = os.environ.get("FSDP_VERSION")
-    # On CPUs version 2 alone: llama_ft.train.processes.
+    # On CPUs version 2 alone: llama_ft.train.sharding.on_cpus.
     if kind == DistributedType.FSDP or (
         _flag("ACCELERATE_USE_FSDP") and (kind != DistributedType.MULTI_CPU or version == "2")
     ):

@@ -21,7 +21,7 @@ from llama_ft.train.progress import plot_losses
 from llama_ft.train.report import print_report
 from llama_ft.train.resume import note_result
 from llama_ft.train.samples import Samples
-from llama_ft.train.sharded import whole_weights
+from llama_ft.train.sharding.parts import whole_weights
 from llama_ft.train.start import Start
 from llama_ft.train.trainer import LlamaTrainer
 from llama_ft.train.warn import Warnings

@@ -26,8 +26,8 @@ from llama_ft.llama.kernels import choose_kernel
 from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.train.base import Base
-from llama_ft.train.cut import base_weights, cut_model, grown_config, hollow_model
 from llama_ft.train.engine import Engine
+from llama_ft.train.sharding.cut import base_weights, cut_model, grown_config, hollow_model
 
 
 @dataclass

@@ -18,12 +18,12 @@ from llama_ft.errors import MachineFault
 from llama_ft.files import flush_to_disk, publish
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
+from llama_ft.train.agree import said_by_main
 from llama_ft.train.checkpoints import ASIDE, Best, best_checkpoint, position_of, remove_old, seal, verify
-from llama_ft.train.sharded import Parts, parts_of
+from llama_ft.train.sharding.checkpoint import load_optimizer, load_weights, save_optimizer, whole_for_file
+from llama_ft.train.sharding.parts import Parts, parts_of
 from llama_ft.train.steps import EpochOrder
 from llama_ft.train.stop import StopCleanly
-from llama_ft.train.store import load_optimizer, load_weights, save_optimizer, whole_for_file
-from llama_ft.train.together import said_by_main
 
 
 class ResumableTrainer(SFTTrainer):

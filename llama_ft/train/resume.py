@@ -18,9 +18,9 @@ from llama_ft.recipe import dump, load_recipe
 from llama_ft.recipe.emit import scalar
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
+from llama_ft.train.agree import said_by_main
 from llama_ft.train.checkpoints import newest_whole, remove_old, set_aside, tidy
 from llama_ft.train.lock import recipe_hash
-from llama_ft.train.together import said_by_main
 
 BESIDE_THE_CURVE = (
     # What a run is called, where it lies, and what it tells.

@@ -20,9 +20,9 @@ from llama_ft.recipe.schema import Recipe
 from llama_ft.train.ends import EndToken
 from llama_ft.train.guards import Guard
 from llama_ft.train.optimizer import make_optimizer, make_schedule, optimizer_arguments
-from llama_ft.train.processes import allow_fsdp2_on_cpus
 from llama_ft.train.resumable import ResumableTrainer, kept_random_numbers
-from llama_ft.train.sharded import order_of
+from llama_ft.train.sharding.on_cpus import allow_fsdp2_on_cpus
+from llama_ft.train.sharding.parts import order_of
 from llama_ft.train.steps import EpochOrder
 
 

@@ -55,7 +55,7 @@ def test_a_process_that_waits_for_llama_3_70b_holds_nothing():
         "import psutil, torch\n"
         "from transformers import LlamaConfig\n"
         "from llama_ft.llama.shapes import PRESETS\n"
-        "from llama_ft.train.cut import hollow_model\n"
+        "from llama_ft.train.sharding.cut import hollow_model\n"
         "config = LlamaConfig(**PRESETS['llama-3-70b'].config_dict())\n"
         "before = psutil.Process().memory_info().rss\n"
         "model = hollow_model(config, torch.bfloat16)\n"

@@ -48,11 +48,11 @@ class Parts(Protocol):
 def parts_of(trainer: Any) -> Parts | None:
     """The engine of a trainer that has prepared its model; None where every process has all weights and states."""
     if trainer.is_deepspeed_enabled:
-        from llama_ft.train.sharded_zero import Zero
+        from llama_ft.train.sharding.zero import Zero
 
         return Zero(trainer.deepspeed)
     if trainer.is_fsdp_enabled:
-        from llama_ft.train.sharded_fsdp import Fsdp2
+        from llama_ft.train.sharding.fsdp2 import Fsdp2
 
         return Fsdp2(trainer.optimizer.optimizer)
     return None

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llama_ft.train.sharded import State
+from llama_ft.train.sharding.parts import State
 
 
 class Fsdp2:
-    """Gathers and puts back what torch's fully_shard has cut; see :class:`llama_ft.train.sharded.Parts`."""
+    """Gathers and puts back what torch's fully_shard has cut; see :class:`llama_ft.train.sharding.parts.Parts`."""
 
     cut = True
 

@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llama_ft.llama.checkpoints.shards import stored_tensors
-from llama_ft.train.sharded import Parts, named_parameters, put_optimizer, put_weights, whole_optimizer, whole_weights
+from llama_ft.train.sharding.parts import (
+    Parts,
+    named_parameters,
+    put_optimizer,
+    put_weights,
+    whole_optimizer,
+    whole_weights,
+)
 
 
 def whole_for_file(parts: Parts, model: Any, *, main: bool) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama_ft.train.sharded import State
+from llama_ft.train.sharding.parts import State
 
 
 class Zero:
-    """Gathers and puts back what DeepSpeed has cut; see :class:`llama_ft.train.sharded.Parts`."""
+    """Gathers and puts back what DeepSpeed has cut; see :class:`llama_ft.train.sharding.parts.Parts`."""
 
     def __init__(self, engine: Any):
         self.zero, self.device = engine.optimizer, engine.device
