@@ -23,6 +23,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+import psutil
+
 from llama_ft.files import write_json
 from llama_ft.recipe.run import Run
 from llama_ft.train.headway import Follow, Headway
@@ -30,9 +32,9 @@ from llama_ft.train.join import Company
 from llama_ft.train.launch import report_status
 from llama_ft.train.page.gather import STATUS
 from llama_ft.train.stacks import whereabouts, write_stacks
-from llama_ft.train.stop import STOPPED
+from llama_ft.train.stop import STOPPED, StopCleanly
 from llama_ft.train.store import DistError
-from llama_ft.train.verdict import GRACE, LOST, SOON, Seen, Verdict, judge
+from llama_ft.train.verdict import GRACE, LOST, SOON, WRITTEN, Seen, Verdict, judge
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -43,8 +45,8 @@ HEARD = 5.0
 class Peers:
     """The watch of one process. `start` and `leave` are called once, `watch` when there is a trainer."""
 
-    def __init__(self, company: Company, run: Run, stall: float):
-        self.company, self.run, self.stall = company, run, stall
+    def __init__(self, company: Company, run: Run, stop: StopCleanly, stall: float):
+        self.company, self.run, self.stop, self.stall = company, run, stop, stall
         self.place, self.board = company.place, company.board
         self.headway = Headway()
         self.trainer: Any = None
@@ -53,6 +55,7 @@ class Peers:
         self._first = threading.Lock()
         self._over = threading.Event()
         self._leaving: int | None = None
+        self._started = time.time()
         self._number = 0
         self._seen: dict[int, Seen] = {}
         self._calm: float | None = None
@@ -192,7 +195,9 @@ class Peers:
         """A process ended early; this one should end by itself, unless it waits for that one."""
         if self._left is None:
             self._left = (now, left)
-        if now - self._left[0] < GRACE:
+        if left["status"] == STOPPED and self.stop.asked is not None:
+            return None  # all were asked, and this one still writes its checkpoint
+        if now - self._left[0] < (WRITTEN if self.headway.paused else GRACE):
             return None
         why = f": {left['why']}" if left["why"] else ""
         told = f"{self.company.name(left['rank'])} ended with exit status {left['status']}{why}"
@@ -246,12 +251,24 @@ class Peers:
             if everywhere:
                 self._write_status(verdict)
         report_status(verdict.status)
+        self._end_frozen(verdict.lost)
         with suppress(DistError):
             if board:
                 self._wait_for_the_others(len(verdict.lost))
         if claim is not None:
             time.sleep(HEARD)  # the claim ends with this process, and others may conclude the same a little later
         os._exit(verdict.status)
+
+    def _end_frozen(self, lost: list[int]) -> None:
+        """A lost process of this machine may be stopped or hang in C: their launcher would ask it to end, and wait."""
+        for rank in lost:
+            if self.company.hosts[rank] != self.place.host:
+                continue
+            with suppress(psutil.Error):
+                process = psutil.Process(self.company.pids[rank])
+                # The same launcher started both, so that it is not another host's number, nor one given out again.
+                if process.ppid() == os.getppid() and process.create_time() < self._started:
+                    process.kill()
 
     def _first_here(self) -> tuple[bool, socket.socket | None]:
         """Whether this process is the first of its machine to tell, without the board: the first to take a name of the

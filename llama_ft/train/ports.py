@@ -9,9 +9,6 @@ import psutil
 
 from llama_ft.errors import MachineFault
 
-USUAL = 29500
-"""The port of accelerate and torch where none is said."""
-
 
 def port_in_use(port: int) -> bool:
     """Whether something on this machine listens on a TCP port; 0, which stands for any free one, is never in use."""

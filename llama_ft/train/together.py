@@ -42,7 +42,7 @@ def joined(recipe: Recipe, run: Run, stop: StopCleanly) -> Iterator[None]:
     company = join(recipe, run, place)
     # torch's own answer to a lost process is to abort all others, before anybody can say which one it was.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    stop.peers = peers = Peers(company, run, recipe.training.stall_timeout)
+    stop.peers = peers = Peers(company, run, stop, recipe.training.stall_timeout)
     try:
         with _ending_together(peers, run):
             peers.start()

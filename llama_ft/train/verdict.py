@@ -21,6 +21,9 @@ SOON = 8.0
 GRACE = 5.0
 """Seconds in which the others of a process that ended early end by themselves, as where all meet the same mistake."""
 
+WRITTEN = 300.0
+"""The same for one that is writing a checkpoint."""
+
 
 @dataclass
 class Seen:
