@@ -21,11 +21,20 @@ NOT_PARALLEL_HINT = "long documents: training.gradient_checkpointing: true and f
 
 @dataclass(frozen=True)
 class Launcher:
-    """The machine a launch config asks for. `processes` counts devices over all machines."""
+    """The machines a launch config asks for. `processes` counts devices over all machines.
+
+    address and port: where the processes of several machines meet, None where the config leaves it to who starts it;
+    torchrun: accelerate would start one process of several, and torchrun starts them.
+    """
 
     use_cpu: bool
     processes: int
     engine: str
+    machines: int = 1
+    machine_rank: int = 0
+    address: str | None = None
+    port: int | None = None
+    torchrun: bool = False
 
     @property
     def hardware(self) -> str:
@@ -52,7 +61,22 @@ def read_launcher(path: Path) -> Launcher | list[Problem]:
             return [Problem(f"{key} is {size}: {NOT_PARALLEL}", f"{path}:1:1", "parallelism_config", NOT_PARALLEL_HINT)]
     processes = config.get("num_processes", 1)
     count = processes if isinstance(processes, int) and processes > 0 else 1
-    return Launcher(config.get("use_cpu") is True, count, _engine(kind, config))
+    address = config.get("main_process_ip")
+    return Launcher(
+        use_cpu=config.get("use_cpu") is True,
+        processes=count,
+        engine=_engine(kind, config),
+        machines=_number(config, "num_machines", 1) or 1,
+        machine_rank=_number(config, "machine_rank", 0),
+        address=str(address) if address else None,
+        port=_number(config, "main_process_port", 0) or None,
+        torchrun=kind == "MULTI_CPU" and count > 1,
+    )
+
+
+def _number(config: dict[str, Any], name: str, otherwise: int) -> int:
+    value = config.get(name)
+    return value if isinstance(value, int) and value >= 0 else otherwise
 
 
 def _engine(kind: str, config: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ BESIDE_THE_CURVE = (
     # How often it looks and writes: an evaluation leaves the random numbers as it found them.
     r"training\.(save_every|keep_checkpoints|eval_every)",
     # Only stops a run.
-    r"training\.max_spike",
+    r"training\.(max_spike|join_timeout|stall_timeout)",
     # Takes effect when training has ended.
     r"export(\..+)?",
     # Contents are compared, wherever they lie (llama_ft.train.checks.check_same_data).
@@ -84,6 +84,12 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(part, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
+
+
+def differing(old: Recipe, new: Recipe) -> list[Difference]:
+    """The differences that change what a step computes, or how."""
+    beside = "|".join([*BESIDE_THE_CURVE, "launch"])
+    return [one for one in differences(old, new) if not re.fullmatch(beside, one.key)]
 
 
 def check_same_recipe(old: Recipe, new: Recipe, where: Path) -> list[Difference]:

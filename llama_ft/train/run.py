@@ -24,6 +24,7 @@ from llama_ft.train.progress import ProgressLine
 from llama_ft.train.start import Flags, Start, make_new_base, open_start, say_start, write_start
 from llama_ft.train.steps import EpochOrder, with_silence
 from llama_ft.train.stop import STOPPED, StopCleanly
+from llama_ft.train.together import joined
 from llama_ft.train.trainer import LlamaTrainer, training_arguments
 from llama_ft.train.warn import Warnings
 from llama_ft.train.watch import Watch
@@ -54,7 +55,7 @@ def train_recipe(
 
     stop.install()
     try:
-        with disk_faults(run):
+        with joined(recipe, run, stop), disk_faults(run):
             corrected_once(train, recipe, run)
     finally:
         stop.restore()
@@ -73,6 +74,8 @@ def _train(start: Start, stop: StopCleanly) -> None:
     callbacks = [stop, *watch.callbacks, *([warnings] if start.main else [])]
     trainer = make_trainer(start, loaded, callbacks, stop)
     settle_engine(trainer.accelerator, start.recipe, loaded.compute_dtype, start.console, warnings.say)
+    if stop.peers is not None:
+        stop.peers.watch(trainer)
     watch.ask(trainer)
     with watch.status.kept(watch.callbacks):
         train_until_done_or_stopped(trainer, run.checkpoint(start.step) if start.step else None, watch.progress)

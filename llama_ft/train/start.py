@@ -187,6 +187,10 @@ def checkpoints_at_once(recipe: Recipe, steps: int) -> int:
 
 
 def use_all_cores(state: PartialState) -> None:
-    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all it may use."""
+    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all it may use.
+
+    Cores are shared by the processes of this machine alone, which the launcher counts, or the processes as they meet.
+    """
     if state.device.type == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // max(1, state.num_processes)))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or state.num_processes
+        torch.set_num_threads(max(1, usable_cores() // here))
