@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from llama_ft.data.order import grouped_by_length
+from llama_ft.data.balance import laid_out, with_silent
 from llama_ft.errors import UserError
 from llama_ft.plan.data import DataFacts
 from llama_ft.plan.flops import Tokens
@@ -124,12 +124,12 @@ def largest_pass(recipe: Recipe, facts: DataFacts, cut: Cut) -> tuple[int, int]:
     batch = cut.micro_batch * cut.accumulation * cut.world
     steps = recipe.training.max_steps
     order = facts.mixture.order(0)[: batch * steps if steps else None]
-    if not recipe.sequence.packing:
-        order = grouped_by_length(order, facts.lengths, recipe.training.global_batch)
+    order = laid_out(order, facts.lengths, packing=recipe.sequence.packing, **asdict(cut))
     if not len(order):
         return 0, 0
     starts = np.arange(0, len(order), cut.micro_batch)
-    passes = [np.add.reduceat(column[order].astype(np.int64), starts) for column in (facts.lengths, facts.labelled)]
+    columns = with_silent(facts.lengths), with_silent(facts.labelled, 0)
+    passes = [np.add.reduceat(column[order].astype(np.int64), starts) for column in columns]
     return int(passes[0].max()), int(passes[1].max())
 
 

@@ -113,7 +113,7 @@ class ResumableTrainer(SFTTrainer):
             "accumulation": self.args.gradient_accumulation_steps,
             "world_size": self.args.world_size,
             "packing": self.recipe.sequence.packing,
-            "grouped_by_length": self.order is not None and self.order.lengths is not None,
+            "grouped_by_length": self.order is not None and not self.order.packing,
             "tokens": tokens,
             "labelled_tokens": labelled,
             "held_out_loss": self.held_out[1] if self.held_out and self.held_out[0] == step else None,

@@ -10,6 +10,7 @@ import datasets
 
 from llama_ft.data.batches import PackedCollator, PaddedCollator
 from llama_ft.data.prepare import Prepared
+from llama_ft.plan.steps import Cut
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.checks import disk_faults
@@ -22,7 +23,7 @@ from llama_ft.train.load import Loaded, load_for_training, trains_base_weights
 from llama_ft.train.planned import peak_bytes, write_measured
 from llama_ft.train.progress import ProgressLine
 from llama_ft.train.start import Flags, Start, make_new_base, open_start, say_start, write_start
-from llama_ft.train.steps import EpochOrder, with_silence
+from llama_ft.train.steps import EpochOrder, held_out, with_silence
 from llama_ft.train.stop import STOPPED, StopCleanly
 from llama_ft.train.together import joined
 from llama_ft.train.trainer import LlamaTrainer, training_arguments
@@ -91,8 +92,8 @@ def _train(start: Start, stop: StopCleanly) -> None:
 def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopCleanly) -> LlamaTrainer:
     """The trainer of a run, with its data in their order."""
     recipe, prepared = start.recipe, start.prepared
-    processes = start.state.num_processes
-    at_once = start.micro_batch * processes if processes > 1 else 1
+    cut = Cut(start.micro_batch, start.accumulation, start.state.num_processes)
+    evaluated = held_out(prepared.eval, cut)
     return LlamaTrainer(
         model=loaded.model,
         args=training_arguments(
@@ -105,7 +106,7 @@ def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopC
             fresh=start.step is None,
         ),
         data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
-        eval_dataset=held_out_set(prepared, at_once),
+        eval_dataset=evaluated.with_format("numpy") if evaluated is not None else None,
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
         run=start.run,
@@ -113,33 +114,17 @@ def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopC
         stop=stop,
         guard=Guard(start.run, recipe, prepared),
         ends=EndToken.of(prepared),
-        **training_set(prepared, recipe, at_once),
+        **training_set(prepared, recipe, cut),
     )
 
 
-def held_out_set(prepared: Prepared, at_once: int) -> datasets.Dataset | None:
-    """The held-out documents, and silent ones up to a multiple of those that all processes take together.
-
-    The launcher would take documents of the beginning again, and so count them twice.
-    """
-    documents = prepared.eval
-    if documents is None:
-        return None
-    missing = -len(documents) % at_once
-    return (with_silence(documents, missing) if missing else documents).with_format("numpy")
-
-
-def training_set(prepared: Prepared, recipe: Recipe, at_once: int) -> dict[str, Any]:
-    """What the trainer reads, and in which order: grouped by length where micro-batches are padded.
-
-    at_once: documents that all processes take together; 1 for a single process, which may take fewer.
-    """
+def training_set(prepared: Prepared, recipe: Recipe, cut: Cut) -> dict[str, Any]:
+    """What the trainer reads, and in which order: llama_ft/data/balance.py lays a step out for the cut."""
     stream = prepared.stream
     if stream is not None:
         return {"train_dataset": datasets.IterableDataset.from_generator(lambda: iter(stream)), "order": None}
-    lengths = None if recipe.sequence.packing else prepared.lengths
-    order = EpochOrder(prepared.mixture, recipe.training.global_batch, lengths, at_once)
-    documents = prepared.train if at_once == 1 else with_silence(prepared.train)
+    order = EpochOrder(prepared.mixture, cut, prepared.lengths, packing=recipe.sequence.packing)
+    documents = prepared.train if cut.world == 1 else with_silence(prepared.train)
     return {"train_dataset": documents.with_format("numpy"), "order": order}
 
 

@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import datasets
 import numpy as np
 from torch.utils.data import Sampler
 
+from llama_ft.data.balance import SILENT, laid_out
 from llama_ft.data.mixture import Mixture
-from llama_ft.data.order import grouped_by_length
 from llama_ft.data.render import MASKED
+from llama_ft.plan.steps import Cut
 
 
 class EpochOrder(Sampler[int]):
-    """Feeds the trainer a mixture's order; accelerate tells it the epoch.
+    """Feeds the trainer a mixture's order, laid out for the cut of its steps; accelerate tells it the epoch.
 
-    With `lengths`, the tokens of every document, each step's documents are grouped by length: the step holds the same
-    documents, and padded micro-batches pad little. `at_once`: documents that all processes take together; where the
-    epoch is no multiple of it, the number of a silent document (:func:`with_silence`) fills it up, for the launcher
-    would feed documents of the epoch's start again.
+    `lengths`: tokens of every document of the mixture's sources. Nothing is kept between epochs but their number.
     """
 
-    def __init__(self, mixture: Mixture, global_batch: int, lengths: np.ndarray | None = None, at_once: int = 1):
-        self.mixture, self.global_batch, self.lengths, self.epoch = mixture, global_batch, lengths, 0
-        self.filled = -len(mixture) % at_once
+    def __init__(self, mixture: Mixture, cut: Cut, lengths: np.ndarray, *, packing: bool):
+        self.mixture, self.cut, self.lengths, self.packing, self.epoch = mixture, cut, lengths, packing, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called before every pass, and after a resume."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.mixture) + self.filled
+        documents, at_once = len(self.mixture), self.cut.micro_batch * self.cut.world
+        return documents if self.cut.world == 1 else -(-documents // at_once) * at_once
 
     def __iter__(self) -> Iterator[int]:
         order = self.mixture.order(self.epoch)
-        if self.lengths is not None:
-            order = grouped_by_length(order, self.lengths, self.global_batch)
-        return iter([*order.tolist(), *[sum(self.mixture.sizes)] * self.filled])
+        return iter(laid_out(order, self.lengths, packing=self.packing, **asdict(self.cut)).tolist())
 
 
-def with_silence(documents: datasets.Dataset, count: int = 1) -> datasets.Dataset:
-    """The documents and, behind the last, `count` of two tokens that carry no loss and so change nothing."""
+def with_silence(documents: datasets.Dataset, times: int = 1) -> datasets.Dataset:
+    """The documents and, behind the last, `times` one of two tokens (SILENT): it has no loss and changes nothing."""
     silent: dict[str, list[Any]] = {}
     for name, feature in documents.features.items():
         masked = MASKED if name.endswith("labels") else 0
-        silent[name] = [[masked] * 2 if isinstance(feature, datasets.List) else 0] * count
+        silent[name] = [[masked] * SILENT if isinstance(feature, datasets.List) else 0] * times
     return datasets.concatenate_datasets([documents, datasets.Dataset.from_dict(silent, features=documents.features)])
+
+
+def held_out(documents: datasets.Dataset | None, cut: Cut) -> datasets.Dataset | None:
+    """The documents of an evaluation, each counted once: several processes share a number that divides among them."""
+    missing = -len(documents) % (cut.micro_batch * cut.world) if documents is not None and cut.world > 1 else 0
+    if documents is None or not missing:
+        return documents
+    return with_silence(documents, missing)

@@ -91,8 +91,12 @@ def test_a_run_does_not_go_on_with_other_rows(small_base, tmp_path, two_sources)
 
 
 def test_two_processes_train_on_the_same_documents(small_base, tmp_path):
-    """44 documents in steps of 8: the last step of an epoch has 4, which no launcher may fill up with old ones."""
+    """44 documents in steps of 8: the last step of an epoch has 4, which no launcher may fill up with old ones.
+
+    Nor may it the 7 held-out documents, of which each counts once.
+    """
     changes = [f"model.base={small_base}", *SMALL, "data.0.limit=44", "training.max_steps=12", "training.micro_batch=4"]
+    changes += ["eval_data=[{use: llama-qa, split: heldout, limit: 7}]", "training.eval_every=6"]
     one = metric(train_here([*changes, f"output_dir={tmp_path / 'one'}"]).path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     line = [*launch, "-m", "llama_ft.train", "quickstart", *changes, f"output_dir={tmp_path / 'two'}"]
@@ -101,4 +105,7 @@ def test_two_processes_train_on_the_same_documents(small_base, tmp_path):
     two = metric(tmp_path / "two")
     assert len(one) == len(two) == 12
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-5
+    assert metric(tmp_path / "two", "eval_labelled_tokens") == metric(tmp_path / "one", "eval_labelled_tokens")
+    before, after = (metric(tmp_path / name, "eval_loss") for name in ("one", "two"))
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) <= 1e-5 and len(after) >= 2
     assert Run(tmp_path / "two").lock["world_size"] == 2
