@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llama_ft.errors import user_facing
+from llama_ft.launch.verb import launch
 
 app = typer.Typer(
     name="llama-ft",
@@ -207,6 +208,9 @@ def train(
         flags = [*(["--resume"] if resume else []), *(["--overwrite"] if overwrite else [])]
         flags += [flag for name in allow or [] for flag in ("--allow", name)] + (["--debug"] if debug else [])
         raise SystemExit(launch(recipe, overrides or [], flags))
+
+
+app.command()(launch)
 
 
 @app.command()
