@@ -177,9 +177,8 @@ def _dns_label(name: str) -> str:
 def _comments(job: Job, command: str, *, where: str) -> str:
     """The head of the file: what wrote it, where the run will lie, the plan."""
     lines = [f"Written by: {command}", where, ""]
-    launch = ["accelerate", "launch", "--config_file", job.config, "…", "-m", "llama_ft.train", job.recipe_path]
-    lines += [f"{head:10}{text}" for head, text in plan_lines(job.plan, launch, None, []) if head != "launch"]
-    return "\n".join(f"# {line}".rstrip() for line in " \n".join(lines).splitlines())
+    lines += [f"{head:10}{text}" for head, text in plan_lines(job.plan, [], None, []) if head != "launch"]
+    return "\n".join(f"# {line}".rstrip() for line in lines)
 
 
 def _where(on: str, run_dir: str, storage: str) -> str:
