@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llama_ft.errors import user_facing
+from llama_ft.launch.verb import launch
 
 app = typer.Typer(
     name="llama-ft",
@@ -221,6 +222,9 @@ def train(
         flags += [flag for name in allow or [] for flag in ("--allow", name)] + (["--debug"] if debug else [])
         machines = Machines(machine_rank, main_process_ip, main_process_port, num_machines, num_processes)
         raise SystemExit(launch(recipe, overrides or [], flags, machines))
+
+
+app.command()(launch)
 
 
 @app.command()

@@ -81,7 +81,7 @@ def _train(start: Start, stop: StopCleanly) -> None:
     with watch.status.kept(watch.callbacks):
         train_until_done_or_stopped(trainer, run.checkpoint(start.step) if start.step else None, watch.progress)
         trained_with = peak_bytes(state.device)
-        if stop.asked:
+        if stop.agreed():
             say_stopped(run, start.console)
             raise SystemExit(STOPPED)
         finish(trainer, start, loaded.compute_dtype, watch.samples, warnings)

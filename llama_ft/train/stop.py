@@ -72,14 +72,16 @@ class StopCleanly(TrainerCallback):
 
     def agreed(self) -> bool:
         """Whether a process of this run was asked to stop. All processes ask at the same place: a signal reaches them
-        at different moments, and one that stopped a step before the others would leave them waiting for it.
+        at different moments, and one that stopped a step before the others would leave them waiting for it. One that
+        comes while they ask counts the next time.
         """
-        if dist.is_available() and dist.is_initialized():
-            flag = torch.tensor(int(self.asked is not None), device=PartialState().device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag.item() and self.asked is None:
-                self.asked = "another process was stopped"
-        return self.asked is not None
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.asked is not None
+        flag = torch.tensor(int(self.asked is not None), device=PartialState().device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if flag.item() and self.asked is None:
+            self.asked = "another process was stopped"
+        return bool(flag.item())
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if os.getpid() != self._owner:  # a worker that was forked: it ends as if we had never been here
