@@ -97,6 +97,8 @@ def learnt(run: Run, method: str, base: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_train_save_and_prove_what_one_does(runs, base, config, method):
     one, two = runs("cpu", method), runs(config, method)
     assert (two.lock["engine"], two.lock["world_size"]) == (ENGINES[config], 2)
+    assert ("deepspeed" in two.lock["versions"]) == ENGINES[config].startswith("ZeRO")
+    assert not (two.path / "warnings.json").exists() or "no-gpu" not in (two.path / "warnings.json").read_text()
     assert apart(metric(two.path), metric(one.path)) <= SAME
     assert apart(metric(two.path, "eval_loss"), metric(one.path, "eval_loss")) <= SAME
     assert metric(two.path, "tokens") == metric(one.path, "tokens")
