@@ -57,8 +57,9 @@ def float16_on_cpu(view: View, launcher: Launcher) -> None:
 def engine_can_train(view: View, launcher: Launcher) -> None:
     """The launch config's engine takes this method and this optimizer."""
     method, optimizer = view.value("adapter.method"), view.value("training.optimizer")
+    dora = view.value("adapter.dora")
     whole = method != "full" and bool(view.value("adapter.modules_to_save"))
-    for key, what, hint in unfit(launcher.engine, method=method, optimizer=optimizer, whole_modules=whole):
+    for key, what, hint in unfit(launcher.engine, method=method, optimizer=optimizer, dora=dora, whole_modules=whole):
         view.wrong(key if view.stated(key) else "launch", what, hint)
 
 

@@ -18,7 +18,7 @@ class Unfit(NamedTuple):
     hint: str
 
 
-def unfit(engine: str, *, method: str, optimizer: str, whole_modules: bool = False) -> list[Unfit]:
+def unfit(engine: str, *, method: str, optimizer: str, dora: bool = False, whole_modules: bool = False) -> list[Unfit]:
     """What does not go with an engine. `whole_modules`: embedding, head or norms are trained beside an adapter."""
     found = []
     if engine == "FSDP":
@@ -30,6 +30,9 @@ def unfit(engine: str, *, method: str, optimizer: str, whole_modules: bool = Fal
     if engine in CUT_STATES and optimizer != "adamw":
         what = f"{optimizer} looks at whole matrices or blocks, and {engine} gives every process pieces of them"
         found.append(Unfit("training.optimizer", what, "write adamw, or take ddp.yaml"))
+    if engine == "ZeRO-3" and dora:
+        what = "ZeRO-3 cannot train DoRA: PEFT measures the rows of a weight while they are in pieces"
+        found.append(Unfit("adapter.dora", what, "take fsdp2.yaml or zero2.yaml, or remove dora"))
     if engine == "ZeRO-3" and whole_modules:
         what = "ZeRO-3 cannot train embedding, head or norms beside an adapter: PEFT copies them before they are whole"
         found.append(Unfit("adapter.modules_to_save", what, "take fsdp2.yaml or zero2.yaml"))

@@ -35,6 +35,7 @@ def test_what_an_engine_trains_is_not_refused():
     assert [one.key for one in unfit("ZeRO-3", method="lora", optimizer="adamw", whole_modules=True)] == [
         "adapter.modules_to_save"
     ]
+    assert [one.key for one in unfit("ZeRO-3", method="lora", optimizer="adamw", dora=True)] == ["adapter.dora"]
     assert [one.key for one in unfit("FSDP", method="full", optimizer="adamw")] == ["launch"]
 
 

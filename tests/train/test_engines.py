@@ -41,7 +41,7 @@ def base(smollm2, tmp_path_factory) -> Path:
 
 
 def train(base: Path, folder: Path, method: str, config: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """The real command on the quickstart's rows; `folder` is the run's."""
+    """The real command on the quickstart's rows; `folder` is the run's, `config` may say `NAME × processes`."""
     overrides = [
         f"model.base={base}",
         "model.dtype=float32",
@@ -56,7 +56,9 @@ def train(base: Path, folder: Path, method: str, config: str, *more: str) -> sub
         "tracking=[]",
         f"output_dir={folder}",
     ]
+    config, _, processes = config.partition(" × ")
     start = ["--main_process_port", "0", "--config_file", f"accelerate_configs/{config}.yaml"]
+    start += ["--num_processes", processes] if processes else []
     line = [*ACCELERATE, *start, "-m", "llama_ft.train", "quickstart", *overrides, *more]
     return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
 
@@ -158,3 +160,21 @@ def test_a_run_goes_on_with_other_processes_and_under_another_engine(runs, base,
     assert apart(metric(path), metric(whole.path)) <= SAME
     resumed = Run(path).lock["resumed"][-1]
     assert (resumed["step"], resumed["engine"]) == (2, ENGINES.get(after, "one process"))
+
+
+@pytest.mark.parametrize("config", ["cpu_fsdp2_2", "cpu_zero2_2", "cpu_zero3_2"])
+def test_weights_that_do_not_divide_come_back_whole(tiny_base, tmp_path, config):
+    """64 rows and 360 tokens among three processes: some hold fewer than others, or padding. Then two go on."""
+    batch = ("training.global_batch=6", "training.micro_batch=1", "export.merged=false", "eval_data=null")
+    for name, started in (("one", "cpu"), ("three", f"{config} × 3")):
+        done = train(tiny_base, tmp_path / name, "full", started, *batch)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, three = Run(tmp_path / "one"), Run(tmp_path / "three")
+    assert three.lock["world_size"] == 3
+    assert apart(metric(three.path), metric(one.path)) <= SAME
+    wanted, found = (load_file(run.checkpoint(STEPS) / "model.safetensors") for run in (one, three))
+    assert all((found[name] - tensor).abs().max() <= 1e-3 for name, tensor in wanted.items())
+    shutil.rmtree(three.checkpoint(STEPS))
+    done = train(tiny_base, three.path, "full", config, *batch, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert apart(metric(three.path), metric(one.path)) <= SAME
