@@ -19,7 +19,7 @@ from llama_ft.plan.show import plan_lines
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 RESTARTS = 10
-"""How often a stopped job goes on by itself. Our choice: enough for a busy night, and an end to a job that gets nowhere."""
+"""How often a stopped job goes on by itself. Our choice: enough for a busy night, and an end to one that gets nowhere."""
 RESTARTS_ON_ERRORS = 3
 """SkyPilot: restarts after an error that may be the machine's."""
 SKYPILOT_NAMES = {
@@ -74,7 +74,9 @@ class Filled:
 def scheduler_of(name: str) -> Scheduler:
     """The scheduler of a name; UserError with the nearest one."""
     if name not in SCHEDULERS:
-        raise UserError(f"no such scheduler '{name}'", key="--on", hint=did_you_mean(name, SCHEDULERS, kind="schedulers"))
+        raise UserError(
+            f"no such scheduler '{name}'", key="--on", hint=did_you_mean(name, SCHEDULERS, kind="schedulers")
+        )
     return SCHEDULERS[name]
 
 
@@ -90,7 +92,9 @@ def fill(job: Job, on: str, *, command: str, bin_folder: str, storage: str, imag
     if bucket and on != "skypilot":
         raise UserError(f"{storage} is a bucket", key="--storage", hint="name a volume claim that all pods may write")
     if bucket and job.nodes > 1 and job.sharded:
-        what = f"under {job.engine} every node writes its part of a checkpoint, and a bucket shows it to the others late"
+        what = (
+            f"under {job.engine} every node writes its part of a checkpoint, and a bucket shows it to the others late"
+        )
         raise UserError(what, key="--storage", hint="name a volume (sky volumes apply), or take one node or ddp.yaml")
     run_dir = job.run_dir
     arguments = [job.recipe_path, *job.overrides]
@@ -163,7 +167,9 @@ def _accelerators(job: Job) -> str | None:
         return None
     if job.card is None:
         raise UserError(
-            "SkyPilot finds machines by their card, and none is named", key="--hardware", hint="e.g. --hardware H100-80GB"
+            "SkyPilot finds machines by their card, and none is named",
+            key="--hardware",
+            hint="e.g. --hardware H100-80GB",
         )
     return f"{SKYPILOT_NAMES[job.card]}:{job.per_node}"
 
@@ -183,7 +189,9 @@ def _comments(job: Job, command: str, *, where: str) -> str:
 
 def _where(on: str, run_dir: str, storage: str) -> str:
     if on == "slurm":
-        return f"The run: {run_dir}, in the folder this is submitted from. That folder must lie on a disk all nodes share."
+        return (
+            f"The run: {run_dir}, in the folder this is submitted from. That folder must lie on a disk all nodes share."
+        )
     kind = "the claim" if on == "kubernetes" else "the bucket" if BUCKET.fullmatch(storage) else "the volume"
     return f"The run: {run_dir}, on {kind} {storage}, which all nodes share."
 

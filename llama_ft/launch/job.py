@@ -1,4 +1,4 @@
-"""One job: a recipe on so many nodes with so many processes each, its plan there, and what the launcher needs to know."""
+"""One job: a recipe on so many nodes with so many processes each, its plan there, and its launch config."""
 
 from __future__ import annotations
 
@@ -105,16 +105,20 @@ def make_job(
         notes.append("the launch config is for a CPU: this job gets no GPUs (--gpus N asks for them)")
         notes.append("the time was estimated for this machine's CPU: nodes of another kind take another time")
     target = _all_of(of_node or (this_cpu() if launcher.use_cpu else hardware_of(launcher)), processes)
-    plan = make_plan(recipe, known_shape(recipe.model), data_facts(recipe), target, engine_of(config, launcher, processes))
+    plan = make_plan(
+        recipe, known_shape(recipe.model), data_facts(recipe), target, engine_of(config, launcher, processes)
+    )
     if plan.fit.largest == 0:
         notes.append(f"the plan says that nothing fits on {plan.hardware.name}: see llama-ft plan")
     if plan.seconds is None:
-        why = "name the card, --hardware H100-80GB" if target.on_gpu and target.card is None else "its steps are not known"
+        why = (
+            "name the card, --hardware H100-80GB"
+            if target.on_gpu and target.card is None
+            else "its steps are not known"
+        )
         notes.append(f"no time limit was written, for the plan knows no time: {why}")
     cores = CORES_PER_GPU * per_node if target.on_gpu else usable_cores()
-    return Job(
-        recipe_path, tuple(overrides), _portable(config), launcher, nodes, per_node, cores, plan, tuple(notes)
-    )
+    return Job(recipe_path, tuple(overrides), _portable(config), launcher, nodes, per_node, cores, plan, tuple(notes))
 
 
 def _of_node(gpus: int | None, hardware: str | None) -> Hardware | None:
@@ -136,7 +140,9 @@ def _all_of(one: Hardware, devices: int) -> Hardware:
     """The devices of all nodes: what the plan is made for."""
     if not one.on_gpu or one.card is None:
         name = one.name if one.on_gpu or devices == 1 else f"{devices} of {one.name}"
-        return replace(one, name=name if one.memory is not None else f"{devices} GPUs that are not named", devices=devices)
+        return replace(
+            one, name=name if one.memory is not None else f"{devices} GPUs that are not named", devices=devices
+        )
     return replace(one, name=f"{devices}x{one.card.name}" if devices > 1 else one.card.name, devices=devices)
 
 

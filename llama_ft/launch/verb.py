@@ -18,7 +18,8 @@ def launch(
     on: Annotated[str, typer.Option(help="slurm, skypilot or kubernetes.")] = "slurm",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of each node.", show_default="as --hardware or the launch config says")
+        int | None,
+        typer.Option(min=1, help="GPUs of each node.", show_default="as --hardware or the launch config says"),
     ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="The card, and how many a node has: 8xH100-80GB.", show_default="not named")
