@@ -1,4 +1,4 @@
-"""One job: a recipe on so many nodes with so many processes each, its plan there, and what the launcher needs to know."""
+"""One job: a recipe on so many nodes with so many processes each, its plan there, and its launch config."""
 
 from __future__ import annotations
 

@@ -145,6 +145,10 @@ class ResumableTrainer(SFTTrainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
+        if self.order is not None:
+            # accelerate's own way to the sampler ends where batches are both skipped and shared among processes: a run
+            # resumed inside a later epoch would see the documents of the first.
+            self.order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:

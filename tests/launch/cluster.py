@@ -122,7 +122,7 @@ def two_nodes(folder: Path) -> Iterator[Cluster]:
         files = {"key-file": key, "socket": munge / "socket", "pid-file": munge / "pid", "log-file": munge / "log"}
         files["seed-file"] = munge / "seed"
         cluster.start("munged", "--foreground", "--force", *(f"--{name}={file}" for name, file in files.items()))
-        wait_for(lambda: (munge / "socket").exists())
+        wait_for((munge / "socket").exists)
         cluster.start("slurmctld", "-D")
         for node in NODES:
             cluster.start("slurmd", "-D", "-N", node)

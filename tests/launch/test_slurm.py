@@ -1,4 +1,4 @@
-"""The sbatch file on a real Slurm of two nodes: preempted twice, queued again by itself, and the same run in the end."""
+"""The sbatch file on a real Slurm of two nodes: preempted twice, queued again, and the same run in the end."""
 
 from __future__ import annotations
 
