@@ -65,7 +65,9 @@ def plan_recipe(
 def hardware_of(launcher: Launcher) -> Hardware:
     """What a launch config runs on, here: this CPU, this machine's GPUs, or so many GPUs of unknown memory."""
     if launcher.use_cpu:
-        return this_cpu()
+        here = this_cpu()
+        shared = (here.memory or 0) // launcher.processes
+        return Hardware(here.name, launcher.processes, shared, None, on_gpu=False)
     found = these_gpus()
     if found is None:
         return Hardware(f"{launcher.processes} GPUs that are not named", launcher.processes, None)

@@ -12,7 +12,7 @@ DDP_BUCKETS = 1
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine over `devices`. `offload`: optimizer states, and with ZeRO-3 the weights, lie in main memory."""
+    """An engine over `devices`. `offload`: states, and with ZeRO-3 and FSDP2 the weights, lie in main memory."""
 
     name: str
     devices: int
@@ -34,18 +34,23 @@ class Engine:
         return self.devices if self.name in ("FSDP2", "FSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3") else 1
 
     @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed does it, which holds a model in one type, and float32 copies of what it trains."""
+        return self.name.startswith("ZeRO")
+
+    @property
     def offload_optimizer(self) -> bool:
         """Whether the states lie in main memory."""
-        return self.offload and self.name.startswith("ZeRO")
+        return self.offload and (self.deepspeed or self.name == "FSDP2")
 
     @property
     def offload_weights(self) -> bool:
-        """Whether the weights lie in main memory and come a layer at a time."""
-        return self.offload and self.name == "ZeRO-3"
+        """Whether weights and gradients lie in main memory as well, and weights come a layer at a time."""
+        return self.offload and self.name in ("ZeRO-3", "FSDP2")
 
     def masters(self, trained_bytes: int) -> int:
         """DeepSpeed's optimizers keep a float32 copy of what they train, beside the weights, before it is cut."""
-        return trained_bytes if self.name.startswith("ZeRO") else 0
+        return trained_bytes if self.deepspeed else 0
 
     def buffers(self, gradient_bytes: int) -> int:
         """What the engine holds to communicate: DDP's buckets, or two reduce buckets of 5e8 bytes at most."""

@@ -84,12 +84,17 @@ def engine_of(config: str, launcher: Launcher, devices: int) -> Engine:
 
 
 def _offloads(config: str) -> bool:
-    """Whether a DeepSpeed config sends states to main memory."""
+    """Whether a config of DeepSpeed or FSDP sends optimizer states to main memory."""
     path = find_file(config)
     tree = read_file(path, Source(config, 0, path.parent), Findings()) if path is not None else None
     told: Any = plain(tree) if tree is not None else {}
-    section = told.get("deepspeed_config")
-    return isinstance(section, dict) and str(section.get("offload_optimizer_device", "none")) not in ("none", "None")
+    states = _section(told, "deepspeed_config").get("offload_optimizer_device", "none")
+    return str(states) not in ("none", "None") or _section(told, "fsdp_config").get("fsdp_offload_params") is True
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def short(path: str) -> str:

@@ -59,15 +59,27 @@ class Case:
     def of(cls, weights: Weights, training: Training, dtype: str, engine: Engine, *, on_gpu: bool) -> Case:
         """On a GPU frozen weights are held and multiplied in `dtype`, trained ones held in float32 (autocast).
 
-        On a CPU `dtype` is what the machine multiplies faster, or float32 where weights of the base are trained.
+        DeepSpeed there holds trained ones in `dtype` too, and masters apart. On a CPU `dtype` is what the machine
+        multiplies faster, or float32 where weights of the base are trained.
         """
         element = BYTES[dtype] if on_gpu or not weights.whole else FLOAT
-        return cls(weights, training, engine, on_gpu, element, FLOAT if weights.full else element)
+        held = element if engine.deepspeed and on_gpu else FLOAT if weights.full else element
+        return cls(weights, training, engine, on_gpu, element, held)
+
+    @property
+    def cast(self) -> bool:
+        """Whether the engine holds the whole model in 16 bits: DeepSpeed on a GPU (mixed_precision: bf16)."""
+        return self.engine.deepspeed and self.on_gpu and self.element == HALF
+
+    @property
+    def trained_as(self) -> int:
+        """Bytes of a trained weight, and of its gradient, on the device."""
+        return HALF if self.cast else FLOAT
 
     @property
     def autocast(self) -> bool:
         """Whether trained float32 weights of the base are multiplied in 16 bits (train/base.py: on a GPU)."""
-        return bool(self.weights.whole) and self.element == HALF
+        return bool(self.weights.whole) and self.element == HALF and not self.cast
 
     @property
     def fused(self) -> bool:
@@ -80,15 +92,16 @@ def memory(case: Case, tokens: int, labelled: int) -> Memory:
     """Peak bytes per device with `tokens` in the longest micro-batch, `labelled` of them with loss."""
     weights, engine = case.weights, case.engine
     own = 0 if engine.offload_weights else weights.held(case.held) // engine.weight_shards
-    beside = 0 if weights.full or engine.offload_weights else FLOAT * weights.trained // engine.weight_shards
+    trained = case.trained_as * weights.trained
+    beside = 0 if weights.full or engine.offload_weights else trained // engine.weight_shards
     return Memory(
         weights=own + gathered(case),
         adapter=beside,
-        gradients=FLOAT * weights.trained // engine.gradient_shards,
+        gradients=0 if engine.offload_weights else trained // engine.gradient_shards,
         optimizer=optimizer(case),
         activations=activations(case, tokens),
         head=head(case, labelled),
-        overhead=engine.buffers(FLOAT * weights.trained) + (CUDA_CONTEXT if case.on_gpu else 0),
+        overhead=engine.buffers(trained) + (CUDA_CONTEXT if case.on_gpu else 0),
     )
 
 

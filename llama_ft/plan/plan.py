@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama_ft.plan.communication import Exchange, exchange
 from llama_ft.plan.data import DataFacts
 from llama_ft.plan.disk import Disk, disk
 from llama_ft.plan.engine import Engine
@@ -59,6 +60,11 @@ class Plan:
         return replace(needed, overhead=needed.overhead + self.host.training - needed.total)
 
     @property
+    def exchange(self) -> Exchange:
+        """Bytes that each device exchanges in a step."""
+        return exchange(self.case, self.cut.accumulation)
+
+    @property
     def flops_per_token(self) -> float:
         """FLOP per token that is no padding, at this recipe's labelled share and mean context."""
         facts = self.facts
@@ -107,7 +113,7 @@ def make_plan(
     if hardware.on_gpu:
         multiplied: str = recipe.model.dtype
     else:
-        rates = rates or rates_here(weights.shape, recipe.model.dtype)
+        rates = rates or rates_here(weights.shape, recipe.model.dtype).shared(hardware.devices)
         multiplied = dtype or ("float32" if weights.whole else rates.chosen(recipe.model.dtype))
     case = Case.of(weights, recipe.training, multiplied, engine, on_gpu=hardware.on_gpu)
 

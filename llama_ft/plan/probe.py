@@ -43,6 +43,12 @@ class Rates:
     imported: float
     threads: int
 
+    def shared(self, processes: int) -> Rates:
+        """What each of so many processes has of it, measured by one that had all."""
+        flops = {name: rate / processes for name, rate in self.flops.items()}
+        threads = max(1, self.threads // processes)
+        return Rates(flops, self.bandwidth / processes, self.imported, threads)
+
     def chosen(self, dtype: str) -> str:
         """The type that a CPU holds and multiplies weights of `dtype` in, as training chooses it."""
         if dtype != "bfloat16":

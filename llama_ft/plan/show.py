@@ -72,6 +72,7 @@ def as_json(plan: Plan, launch: Sequence[str], price: float | None, faults: Sequ
             "export_peak": plan.host.export if plan.host is not None else None,
             "peak": plan.peak,
         },
+        "exchange": {**asdict(plan.exchange), "sent": plan.exchange.sent},
         "alternatives": [
             {"engine": name, "gradient_checkpointing": again, "memory": size}
             for name, again, size in alternatives(plan)
@@ -108,6 +109,7 @@ def plan_lines(plan: Plan, launch: Sequence[str], price: float | None, faults: S
         *_data_lines(plan, mark),
         *_step_lines(plan, mark),
         *_memory_lines(plan),
+        *_exchange_lines(plan),
         *_time_lines(plan, price),
         *_disk_lines(plan),
         ("launch", shlex.join(launch)),
@@ -178,6 +180,21 @@ def _memory_lines(plan: Plan) -> list[tuple[str, str]]:
         others = [f"{n}, checkpointing {a}: {gib(size)}" for n, a, size in alternatives(plan) if size <= usable]
         lines += [("", f"fits: {other}") for other in others[:4]]
     return lines
+
+
+def _exchange_lines(plan: Plan) -> list[tuple[str, str]]:
+    exchange = plan.exchange
+    parts = [
+        f"{name} {gib(size)}"
+        for name, size in (("gradients", exchange.reduced), ("weights", exchange.gathered))
+        if size
+    ]
+    lines = []
+    if exchange.sent:
+        lines.append(f"{gib(exchange.sent)} sent per device and step (calculation): {', '.join(parts)}")
+    if exchange.host:
+        lines.append(f"{gib(exchange.host)} between main memory and device, per device and step (calculation)")
+    return [("" if number else "exchange", line) for number, line in enumerate(lines)]
 
 
 def _time_lines(plan: Plan, price: float | None) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,20 @@ def plan_of_run(
     known = Known(shape, "the run's base", None if base.new else stored_type(base.folder))
     facts = facts_of(prepared) if prepared.stream is None else data_facts(recipe)
     running = engine_of(state)
-    engine = Engine(running.name, running.processes)
+    engine = Engine(running.name, running.processes, offloads())
     on_cpu = state.device.type == "cpu"
     rates = measure(spec(shape, recipe.model.dtype)) if on_cpu else None
     hardware = cpu_of_run(state) if on_cpu else gpu_of_run(state)
     plan = make_plan(recipe, known, facts, hardware, engine, rates=rates, dtype=dtype)
     return broadcast_object_list([plan])[0]
+
+
+def offloads() -> bool:
+    """Whether the launcher asks for states, or all, in main memory, by the variables that accelerate sets for a run."""
+    states = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and states != "none"
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+    return deepspeed or fsdp
 
 
 def cut_of_run(planned: Plan, lock: dict[str, Any], state: PartialState, *, kept: bool) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from typing import Any
 
@@ -64,10 +65,22 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        # Every process reads a streamed set and keeps its share: batches of unequal length cannot be dispatched.
-        accelerator_config={"dispatch_batches": False} if recipe.mixture.streaming else None,
+        accelerator_config=accelerator_config(recipe),
         max_length=None,
     )
+
+
+def accelerator_config(recipe: Recipe) -> dict[str, Any] | None:
+    """What transformers passes on to accelerate."""
+    config: dict[str, Any] = {}
+    if recipe.mixture.streaming:
+        # Every process reads a streamed set and keeps its share: batches of unequal length cannot be dispatched.
+        config["dispatch_batches"] = False
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # Between the passes of a step FSDP would keep whole gradients on every device, in 16 bits where it multiplies
+        # in them: as much as the shards were to save. Summed in each pass, they are float32 shards.
+        config["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+    return config or None
 
 
 class LlamaTrainer(ResumableTrainer):

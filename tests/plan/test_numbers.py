@@ -65,12 +65,21 @@ def test_sharding_divides_what_it_says():
         parts = memory(made, 1, 1)
         weights, gradients, states = shards
         masters = 4 * TWO_7B.parameters if name.startswith("ZeRO") else 0
-        assert parts.weights - gathered(made) == 4 * TWO_7B.parameters // weights
-        assert parts.gradients == 4 * TWO_7B.parameters // gradients
+        each = 2 if masters else 4  # DeepSpeed holds 16 bits and masters, 16 bytes a weight in all as in the paper's §3
+        assert parts.weights - gathered(made) == each * TWO_7B.parameters // weights
+        assert parts.gradients == each * TWO_7B.parameters // gradients
         assert parts.optimizer == (8 * TWO_7B.parameters + masters) // states
     assert memory(whole, 1, 1).gradients == 4 * TWO_7B.parameters
     offload = memory(case(TWO_7B, adapter__method="full", engine=Engine("ZeRO-3", 8, offload=True)), 1, 1)
-    assert offload.optimizer == 0 and offload.weights < 4 * TWO_7B.parameters // 8 + 2 * GIB
+    assert offload.optimizer == offload.gradients == 0 and offload.weights < 2 * GIB
+    by_fsdp = memory(case(TWO_7B, adapter__method="full", engine=Engine("FSDP2", 8, offload=True)), 1, 1)
+    assert by_fsdp.optimizer == by_fsdp.gradients == 0 and by_fsdp.weights == offload.weights
+
+
+def test_deepspeed_on_a_cpu_trains_in_float32():
+    made = case(SMOL, adapter__method="full", engine=Engine("ZeRO-1", 2), on_gpu=False, dtype="float32")
+    parts = memory(made, 1, 1)
+    assert parts.weights == parts.gradients == 4 * SMOL.parameters and parts.optimizer == 6 * SMOL.parameters
 
 
 def test_optimizers_by_name():

@@ -24,7 +24,7 @@ from tests.plan.conftest import card
 
 KEYS = {
     "version", "recipe", "base", "data", "steps", "batch", "learning_rate", "hardware", "memory", "alternatives",
-    "flops_per_token", "seconds", "rate", "disk", "cost", "launch", "cannot_train",
+    "exchange", "flops_per_token", "seconds", "rate", "disk", "cost", "launch", "cannot_train",
 }  # fmt: skip
 
 
@@ -184,3 +184,18 @@ def test_mistakes_are_said(capsys):
         plan_recipe("quickstart", [], price=-1.0)
     with pytest.raises(UserError, match="cannot be split into 7 equal parts"):
         plan_recipe("alpaca/llama-7b-full", [], hardware="7xH100")
+
+
+def test_processes_of_a_cpu_share_its_memory_and_its_rate(monkeypatch, capsys, rates):
+    from llama_ft.plan import plan as planning
+
+    monkeypatch.setattr(planning, "rates_here", lambda *_: rates)
+    changes = ("training.global_batch=16", "training.micro_batch=4", "training.max_steps=4", "export.merged=false")
+    one, two = (
+        json.loads(printed(capsys, "quickstart", *changes, f"launch=accelerate_configs/{name}.yaml", as_json_text=True))
+        for name in ("cpu", "cpu_ddp_2")
+    )
+    assert two["hardware"]["devices"] == 2 and two["hardware"]["memory"] < 0.7 * one["hardware"]["memory"]
+    assert (two["batch"]["accumulation"], one["batch"]["accumulation"]) == (2, 4)
+    assert two["seconds"]["training"] == pytest.approx(one["seconds"]["training"], rel=0.1)
+    assert two["exchange"]["sent"] == 4 * two["base"]["trained"] and one["exchange"]["sent"] == 0
