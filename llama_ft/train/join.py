@@ -33,12 +33,13 @@ LOOKED = 10.0
 
 @dataclass(frozen=True)
 class Company:
-    """The processes that have met: this one's place, their board, and the others' hosts and process ids by rank."""
+    """The processes that have met: this one's place, their board, and by rank their hosts, process ids and machines."""
 
     place: Place
     board: Board
     hosts: Sequence[str]
     pids: Sequence[int]
+    machines: Sequence[str]
 
     def name(self, rank: int) -> str:
         """`rank 1 on b (process 4711)`"""
@@ -85,7 +86,7 @@ def _meet(recipe: Recipe, run: Run, place: Place, board: Board, until: float) ->
     hosts, pids = [note["host"] for note in notes], [note["pid"] for note in notes]
     # torch and accelerate take an unsaid number of this machine's processes for one.
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(place.host)))
-    return Company(place, board, hosts, pids)
+    return Company(place, board, hosts, pids, [note["machine"] for note in notes])
 
 
 def _note(recipe: Recipe, place: Place) -> dict[str, Any]:
