@@ -20,7 +20,7 @@ from tests.multihost.hosts import Hosts, two_hosts, why_not
 from tests.train.conftest import ENVIRONMENT, metric
 from tests.train.ranks import block_of
 
-STEPS = 12
+STEPS = 40
 SLACK = 10.0
 """Seconds beside the bound: beats, what the others are given to hear, and the end of a process and its launcher."""
 SETTINGS = [
