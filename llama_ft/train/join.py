@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,21 @@ from llama_ft.train.store import Board, DistError, Place
 
 COMPARED = 60.0
 """Seconds in which every process answers whether it runs the same as rank 0."""
+HEARD = 5.0
+"""Seconds that a process which ends gives the others to hear why."""
 LOOKED = 10.0
 """Seconds in which a file that one machine has written appears on another one: NFS keeps what it knows of a folder."""
 
 
 @dataclass(frozen=True)
 class Company:
-    """The processes that have met: this one's place, their board, and the others' hosts and process ids by rank."""
+    """The processes that have met: this one's place, their board, and by rank their hosts, process ids and machines."""
 
     place: Place
     board: Board
     hosts: Sequence[str]
     pids: Sequence[int]
+    machines: Sequence[str]
 
     def name(self, rank: int) -> str:
         """`rank 1 on b (process 4711)`"""
@@ -85,7 +88,7 @@ def _meet(recipe: Recipe, run: Run, place: Place, board: Board, until: float) ->
     hosts, pids = [note["host"] for note in notes], [note["pid"] for note in notes]
     # torch and accelerate take an unsaid number of this machine's processes for one.
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(place.host)))
-    return Company(place, board, hosts, pids)
+    return Company(place, board, hosts, pids, [note["machine"] for note in notes])
 
 
 def _note(recipe: Recipe, place: Place) -> dict[str, Any]:
@@ -189,10 +192,13 @@ def _nobody(place: Place, run: Run, seconds: float) -> MachineFault:
 
 def _once(board: Board | None, place: Place, error: UserError) -> BaseException:
     """The error for one process of each machine, and its exit status for the others."""
-    try:
-        first = place.local_rank == 0 if board is None else board.add(f"told/{place.machine}") == 1
-    except DistError:
-        first = place.local_rank == 0
+    first = place.local_rank == 0
+    with suppress(DistError):
+        if board is not None:
+            first = board.add(f"told/{place.machine}") == 1
+            board.add("told")
+            # The board ends with this process, or with its launcher: all that came are to know by then.
+            _wait(lambda: board.count("told") >= board.count("came"), time.monotonic() + HEARD)
     return error if first else SystemExit(error.exit_code)
 
 

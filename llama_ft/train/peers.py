@@ -28,7 +28,7 @@ import psutil
 from llama_ft.files import write_json
 from llama_ft.recipe.run import Run
 from llama_ft.train.headway import Follow, Headway
-from llama_ft.train.join import Company
+from llama_ft.train.join import HEARD, Company
 from llama_ft.train.launch import report_status
 from llama_ft.train.page.gather import STATUS
 from llama_ft.train.stacks import whereabouts, write_stacks
@@ -38,8 +38,6 @@ from llama_ft.train.verdict import GRACE, LOST, SOON, WRITTEN, Seen, Verdict, ju
 
 BEAT = 1.0
 """Seconds between two signs of life."""
-HEARD = 5.0
-"""Seconds that a process which ends gives the others to hear why."""
 
 
 class Peers:

@@ -35,6 +35,8 @@ BESIDE_THE_CURVE = (
     r"(data|eval_data)\.\d+\.path|template|model\.tokenizer",
 )
 """Keys that do not change a single bit of the losses or the weights."""
+PLACES = r"output_dir|launch|(data|eval_data)\.\d+\.path"
+"""Keys that machines may have each their own value of."""
 EQUAL_TO_ROUNDING = (
     r"launch",
     r"model\.attention",
@@ -87,9 +89,10 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def differing(old: Recipe, new: Recipe) -> list[Difference]:
-    """The differences that change what a step computes, or how."""
-    beside = "|".join([*BESIDE_THE_CURVE, "launch"])
-    return [one for one in differences(old, new) if not re.fullmatch(beside, one.key)]
+    """The differences that the processes of one run may not have among them: all but where things lie. One that saves
+    in another step than the others waits for them for ever.
+    """
+    return [one for one in differences(old, new) if not re.fullmatch(PLACES, one.key)]
 
 
 def check_same_recipe(old: Recipe, new: Recipe, where: Path) -> list[Difference]:

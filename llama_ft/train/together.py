@@ -5,10 +5,12 @@ of it.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import PartialState
 
@@ -57,9 +59,29 @@ def connect(peers: Peers, seconds: float) -> None:
     headway = peers.headway
     headway.limit = seconds
     headway.move("connecting to the others")
+    if len(set(peers.company.machines)) > 1 and (device := device_to(peers.place.address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", device)
     PartialState(cpu=not torch.cuda.is_available(), timeout=EXCHANGE)
     headway.limit = 0
     headway.move("starting")
+
+
+def device_to(address: str) -> str | None:
+    """The network device of this machine that the machine at an address is reached by, or that has the address itself.
+
+    gloo takes the one that this machine's name stands for, which on many systems is the loopback. None for that one.
+    """
+    try:
+        family, _, _, _, there = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(there)  # sends nothing: the system chooses the way
+            here = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if name != "lo" and any(one.address.split("%")[0] == here for one in addresses):
+            return name
+    return None
 
 
 @contextmanager
