@@ -19,7 +19,7 @@ from llama_ft.plan.show import plan_lines
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 RESTARTS = 10
-"""How often a stopped job goes on by itself. Our choice: enough for a busy night, and an end to one that gets nowhere."""
+"""How often a stopped job goes on by itself. Our choice: a busy night, and an end to one that gets nowhere."""
 RESTARTS_ON_ERRORS = 3
 """SkyPilot: restarts after an error that may be the machine's."""
 SKYPILOT_NAMES = {
