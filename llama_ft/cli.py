@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llama_ft.errors import user_facing
+from llama_ft.launch.verb import launch
 
 app = typer.Typer(
     name="llama-ft",
@@ -198,15 +199,32 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
     allow: Annotated[list[str] | None, typer.Option(help="Accept a preflight fault by name.")] = None,
+    machine_rank: Annotated[
+        int | None, typer.Option(help="Number of this machine, from 0.", envvar="MACHINE_RANK")
+    ] = None,
+    main_process_ip: Annotated[
+        str | None, typer.Option(help="Address of machine 0, for all machines.", envvar="MAIN_PROCESS_IP")
+    ] = None,
+    main_process_port: Annotated[
+        int | None, typer.Option(help="A free port of machine 0.", envvar="MAIN_PROCESS_PORT")
+    ] = None,
+    num_machines: Annotated[int | None, typer.Option(help="How many machines train.", envvar="NUM_MACHINES")] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="Processes of all machines together.", envvar="NUM_PROCESSES")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train, merge and prove: `accelerate launch … -m llama_ft.train` with the recipe's launch config."""
     with user_facing(debug=debug):
-        from llama_ft.train.launch import launch
+        from llama_ft.train.launch import Machines, launch
 
         flags = [*(["--resume"] if resume else []), *(["--overwrite"] if overwrite else [])]
         flags += [flag for name in allow or [] for flag in ("--allow", name)] + (["--debug"] if debug else [])
-        raise SystemExit(launch(recipe, overrides or [], flags))
+        machines = Machines(machine_rank, main_process_ip, main_process_port, num_machines, num_processes)
+        raise SystemExit(launch(recipe, overrides or [], flags, machines))
+
+
+app.command()(launch)
 
 
 @app.command()

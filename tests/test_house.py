@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "llama_ft"
-ORDER = ["recipe", "tokenizer", "llama", "data", "adapters", "plan", "export", "train", "serve", "evaluate"]
+ORDER = ["recipe", "tokenizer", "llama", "data", "adapters", "plan", "launch", "export", "train", "serve", "evaluate"]
 BELOW_ALL = {"errors", "files", "paths"}
 
 

@@ -57,6 +57,11 @@ def test_lists_validates_and_previews(installed, tmp_path, smollm2):
     seen = run(installed, tmp_path, "preview", "quickstart", "--json", "--limit", "2")
     assert seen.returncode == 0, seen.stderr
     assert [json.loads(line)["row"] for line in seen.stdout.splitlines()] == [0, 1]
+    job = run(
+        installed, tmp_path, "launch", "alpaca/llama-7b-full", "--on", "slurm", "--hardware", "8xH100", "--dry-run"
+    )
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.startswith("#!/bin/bash") and "one_node() {" in job.stdout
 
 
 def test_trains(installed, tmp_path, small_base):  # noqa: F811

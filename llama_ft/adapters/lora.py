@@ -85,10 +85,13 @@ def stack_projections(model: LlamaForCausalLM) -> None:
                 stack_frozen(linears)
 
 
-def attach_lora(model: LlamaForCausalLM, adapter: Adapter, *, new_tokens: bool = False) -> PeftModel:
+def attach_lora(
+    model: LlamaForCausalLM, adapter: Adapter, *, new_tokens: bool = False, stacked: bool = True
+) -> PeftModel:
     """A PEFT model around `model`, base frozen, factors in float32 (A random, B zero), computed by the fused product.
 
-    new_tokens: the vocabulary has grown, so embedding and head are trained too. Whatever is trained is float32. The
+    new_tokens: the vocabulary has grown, so embedding and head are trained too. stacked: whether to lay weights out for
+    the fused product (:func:`stack_projections`). Whatever is trained is float32. The
     factors' initial values come from torch's global generator: seed it first. UserError when the regex of
     `adapter.targets` matches nothing in this model.
     """
@@ -97,7 +100,8 @@ def attach_lora(model: LlamaForCausalLM, adapter: Adapter, *, new_tokens: bool =
         layers = model.config.num_hidden_layers
         what = f"the regex '{adapter.targets}' matches no projection of this base's {layers} layers"
         raise UserError(what, key="adapter.targets", hint="layers are counted from 0")
-    stack_projections(model)
+    if stacked:
+        stack_projections(model)
     tied = bool(model.config.tie_word_embeddings)
     config = lora_config(adapter, saved_modules(adapter, new_tokens=new_tokens, tied=tied), tied=tied)
     with known_as_quantised(model, adapter) if adapter.method == "qlora" else nullcontext():

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from llama_ft.errors import UserError
 from llama_ft.plan.data import data_facts
 from llama_ft.plan.hardware import Hardware, parse_hardware, these_gpus, this_cpu
-from llama_ft.plan.launch_line import accelerate_line, engine_of, launch_for, short, shown_line
+from llama_ft.plan.launch_line import accelerate_line, engine_of, launch_for, short, shown_line, torchrun_line
 from llama_ft.plan.plan import make_plan
 from llama_ft.plan.shape import known_shape
 from llama_ft.plan.show import as_json, plan_lines, print_json, print_lines, sweep_lines
@@ -51,7 +51,10 @@ def plan_recipe(
     plan = make_plan(recipe, known, facts, target, engine)
     processes = target.devices if named is not None and target.devices != launcher.processes else None
     use_cpu = not target.on_gpu
-    line = accelerate_line(path, overrides, [], config=short(config), use_cpu=use_cpu, processes=processes)
+    if launcher.torchrun:
+        line = torchrun_line(path, overrides, [], launcher=launcher)
+    else:
+        line = accelerate_line(path, overrides, [], config=short(config), use_cpu=use_cpu, processes=processes)
     faults = [problem.what for problem in untrainable(recipe, resolved.origins)]
     if as_json_text:
         print_json(as_json(plan, shown_line(line), price, faults))

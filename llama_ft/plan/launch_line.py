@@ -1,8 +1,9 @@
-"""The `accelerate launch` line of a recipe, and what its launch config says about engine and devices."""
+"""The line that starts a recipe's training, and what its launch config says about engine and devices."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from llama_ft.recipe.launchers import Launcher, read_launcher
 from llama_ft.recipe.nodes import Findings, Source, plain
 from llama_ft.recipe.yaml_reader import read_file
 
+USUAL_PORT = 29500
+"""Where processes meet if nobody says a port: accelerate's and torch's own choice."""
 GPUS = "accelerate_configs/ddp.yaml"
 """The launch config of a plan for GPUs where the recipe names one for a CPU."""
 
@@ -25,10 +28,12 @@ def accelerate_line(
     config: str,
     use_cpu: bool,
     processes: int | None = None,
+    machines: Mapping[str, int | str] | None = None,
 ) -> list[str]:
     """The arguments of `accelerate launch … -m llama_ft.train RECIPE`, this Python and accelerate's module in front.
 
-    processes: overrides the config's number of devices; None leaves it.
+    processes: overrides the config's number of devices; None leaves it. machines: further options of accelerate's that
+    override its config, as `{"machine_rank": 1}`.
     """
     line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     # What accelerate would otherwise guess aloud.
@@ -38,12 +43,26 @@ def accelerate_line(
     line += ["--config_file", config]
     if processes is not None:
         line += ["--num_processes", str(processes)]
+    for option, value in (machines or {}).items():
+        line += [f"--{option}", str(value)]
+    return [*line, "-m", "llama_ft.train", recipe_path, *overrides, *flags]
+
+
+def torchrun_line(recipe_path: str, overrides: list[str], flags: list[str], *, launcher: Launcher) -> list[str]:
+    """The same by torchrun, for what accelerate does not start: several processes of `distributed_type: MULTI_CPU`."""
+    line = [sys.executable, "-m", "torch.distributed.run"]
+    if launcher.machines > 1:
+        line += ["--nnodes", str(launcher.machines), "--node-rank", str(launcher.machine_rank)]
+        line += ["--master-addr", str(launcher.address), "--master-port", str(launcher.port or USUAL_PORT)]
+    else:
+        line += ["--standalone"]
+    line += ["--nproc-per-node", str(launcher.processes // launcher.machines)]
     return [*line, "-m", "llama_ft.train", recipe_path, *overrides, *flags]
 
 
 def shown_line(line: list[str]) -> list[str]:
-    """The same as a person types it: `accelerate launch …`."""
-    return ["accelerate", *line[3:]]
+    """The same as a person types it: `accelerate launch …`, `torchrun …`."""
+    return ["torchrun" if line[2] == "torch.distributed.run" else "accelerate", *line[3:]]
 
 
 def launch_for(config: str, launcher: Launcher | None, hardware: Hardware | None) -> tuple[str, Launcher]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from llama_ft.recipe import check_adapter, check_data, check_training, rope
+from llama_ft.recipe.engines import unfit
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.lookup import SHIPPED_BASE
 from llama_ft.recipe.view import Unknown, View
@@ -32,6 +33,8 @@ def check(view: View, launcher: Launcher | None) -> None:
     if launcher is not None:
         with suppress(Unknown):
             float16_on_cpu(view, launcher)
+        with suppress(Unknown):
+            engine_can_train(view, launcher)
 
 
 def nothing_is_ignored(view: View) -> None:
@@ -49,6 +52,15 @@ def float16_on_cpu(view: View, launcher: Launcher) -> None:
         method = view.value("adapter.method")
         what = f"{method} with float16 cannot run on a CPU, which the launch config asks for"
         view.wrong("model.dtype", what, "write bfloat16 or float32, or another launch config")
+
+
+def engine_can_train(view: View, launcher: Launcher) -> None:
+    """The launch config's engine takes this method and this optimizer."""
+    method, optimizer = view.value("adapter.method"), view.value("training.optimizer")
+    dora = view.value("adapter.dora")
+    whole = method != "full" and bool(view.value("adapter.modules_to_save"))
+    for key, what, hint in unfit(launcher.engine, method=method, optimizer=optimizer, dora=dora, whole_modules=whole):
+        view.wrong(key if view.stated(key) else "launch", what, hint)
 
 
 def packing_fits_objective(view: View) -> None:

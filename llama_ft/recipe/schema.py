@@ -152,6 +152,10 @@ class Training(Section):
     """Keep the newest N, and the one with the lowest held-out loss; null keeps all."""
     eval_every: PositiveInt = 200
     """Steps between evaluations on eval_data."""
+    join_timeout: Positive = 300.0
+    """Several processes: seconds to wait for all of them at the start, before those that did not come are named."""
+    stall_timeout: NonNegative = 600.0
+    """Several processes: stop where none gets on with a step for so many seconds; 0 waits for ever."""
 
 
 class Export(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 
@@ -26,6 +27,9 @@ def main() -> None:
     # The libraries' deprecation notes are for us, not for the user; faults of ours are errors, not warnings.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not arguments.debug:
+        # torch's C++ tells every broken connection with its addresses of machine code; ours is told once, in words.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         with user_facing(debug=arguments.debug):
             from llama_ft.recipe import load_recipe

@@ -12,26 +12,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast_object_list
-from peft import PeftModel
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.trainer_utils import set_seed
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from llama_ft.adapters.base import load_base
-from llama_ft.adapters.lora import attach_lora
-from llama_ft.adapters.quantised import digest
-from llama_ft.adapters.sizes import is_frozen, trained_weights, weight_names
+from llama_ft.adapters.sizes import trained_weights, weight_names
 from llama_ft.errors import Problem, UserError, did_you_mean
 from llama_ft.files import publish
-from llama_ft.llama.attention import Heads
 from llama_ft.llama.base import locate_base
 from llama_ft.llama.checkpoints.shards import write_model
 from llama_ft.llama.context import context_length, original_context, scale_rope
-from llama_ft.llama.fast import Fast
-from llama_ft.llama.init import initial_weights, resize_embeddings, weight_shapes
-from llama_ft.llama.kernels import choose_kernel
-from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype, load_config
+from llama_ft.llama.init import initial_weights, weight_shapes
+from llama_ft.llama.load import DTYPES, load_config
 from llama_ft.llama.shapes import PRESETS, Shape
 from llama_ft.recipe.rope import too_long
 from llama_ft.recipe.run import Run
@@ -166,54 +156,3 @@ def write_base(base: Base, tokenizer: PreTrainedTokenizerFast) -> None:
     if not base.full:
         write_model(aside, weight_shapes(config), dtype, initial_weights(config, recipe.training.seed))
     publish(aside, base.folder)
-
-
-@dataclass
-class Loaded:
-    """A model ready to train, the type it is held in, and the fingerprint of a quantised base."""
-
-    model: PreTrainedModel | PeftModel
-    compute_dtype: torch.dtype
-    base_digest: str | None = None
-
-
-def load_for_training(base: Base, device: torch.device, compute_dtype: str | None) -> Loaded:
-    """The base model with its adapter (or with all weights trainable), seeded, in the type it will compute in.
-
-    `compute_dtype` is the locked type of a run that is resumed; None chooses one for this machine.
-    """
-    recipe = base.recipe
-    dtype = DTYPES[recipe.model.dtype]
-    if compute_dtype is not None:
-        compute = DTYPES[compute_dtype]
-    else:
-        # Full tuning needs float32 masters: an update of 1e-5 is lost in a 16-bit weight.
-        compute = torch.float32 if base.full else choose_compute_dtype(dtype, device)
-        if device.type == "cpu" and trains_base_weights(base):
-            compute = torch.float32  # there is no autocast here that would bring the two types together
-        compute = broadcast_object_list([compute])[0]  # near the threshold, ranks could find differently
-    # Full tuning on a GPU multiplies in the recipe's type under autocast, whatever its weights are held in.
-    multiplied = dtype if device.type == "cuda" else compute
-    choose_kernel(recipe.model.attention, device, multiplied, Heads.of(base.config).dim, training=True)
-    if base.new and base.full:
-        model = build_random(base.config, recipe.training.seed)
-    else:
-        model = load_base(base.folder, recipe, compute, device)
-    if base.grown:
-        resize_embeddings(model, base.vocabulary)
-    model.config.use_cache = False
-    model.model.set_fast(Fast(attention=recipe.model.attention))
-    model.model.checkpoint_every = 2 if recipe.training.gradient_checkpointing == "selective" else 1
-    model.neftune_alpha = recipe.training.neftune_alpha
-    set_seed(recipe.training.seed)
-    if base.full:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not is_frozen(name, recipe.adapter))
-        return Loaded(model, compute)
-    base_digest = digest(model) if recipe.adapter.method == "qlora" else None
-    return Loaded(attach_lora(model, recipe.adapter, new_tokens=base.grown), compute, base_digest)
-
-
-def trains_base_weights(base: Base) -> bool:
-    """Whether weights of the base itself are trained: all of them, or some beside an adapter."""
-    return base.full or base.grown or bool(base.recipe.adapter.modules_to_save)

@@ -11,19 +11,27 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.state import DistributedType
 from rich.console import Console
 
-from llama_ft.errors import UserError
+from llama_ft.errors import Problem, UserError
+from llama_ft.recipe.engines import unfit
+from llama_ft.recipe.launchers import NOT_PARALLEL, NOT_PARALLEL_HINT, PARALLEL, Launcher, read_launcher
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.launch import ASKED
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
 """accelerate's names of autocast's types."""
+
+
+ONE_PROCESS = "one process"
+"""What run.lock.json calls a run without an engine."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,13 @@ class Engine:
     processes: int
     backend: str | None = None
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether no process has the weights whole."""
+        return self.name.startswith("FSDP") or self.name == "ZeRO-3"
+
     def __str__(self) -> str:
-        count = "one process" if self.processes == 1 else f"{self.processes} processes"
+        count = ONE_PROCESS if self.processes == 1 else f"{self.processes} processes"
         whole = f"{self.name} on {count}" if self.name else count
         return f"{whole} ({self.backend})" if self.backend else whole
 
@@ -71,6 +84,10 @@ def check_launch() -> None:
             key="launch",
             hint="on a CPU use accelerate_configs/cpu.yaml, or start the processes with torchrun",
         )
+    for name in PARALLEL:
+        size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+        if size != "1":
+            raise UserError(f"{name} is {size}: {NOT_PARALLEL}", key="launch", hint=NOT_PARALLEL_HINT)
 
 
 def check_engine(found: Engine) -> None:
@@ -96,6 +113,18 @@ def check_engine(found: Engine) -> None:
         )
 
 
+def check_recipe_fits(recipe: Recipe, engine: Engine, *, new_tokens: bool) -> None:
+    """Refuses what the engine cannot train: the launcher's engine may be another than the one of the recipe's `launch`.
+
+    new_tokens: tokens were added, so that embedding and head are trained beside an adapter.
+    """
+    adapter, optimizer = recipe.adapter, recipe.training.optimizer
+    whole = adapter.method != "full" and (new_tokens or bool(adapter.modules_to_save))
+    found = unfit(engine.name, method=adapter.method, optimizer=optimizer, dora=adapter.dora, whole_modules=whole)
+    if found:
+        raise UserError(Problem(what, None, key, hint) for key, what, hint in found)
+
+
 def engine_of(state: PartialState) -> Engine:
     """What will be in force, from the processes alone: accelerate settles on it only as the trainer is made."""
     kind = state.distributed_type
@@ -106,7 +135,7 @@ def engine_of(state: PartialState) -> Engine:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Engine(f"ZeRO-{stage}" if stage else "ZeRO", state.num_processes, state.backend)
     version = os.environ.get("FSDP_VERSION")
-    # On CPUs version 2 alone: llama_ft.train.processes.
+    # On CPUs version 2 alone: llama_ft.train.sharding.on_cpus.
     if kind == DistributedType.FSDP or (
         _flag("ACCELERATE_USE_FSDP") and (kind != DistributedType.MULTI_CPU or version == "2")
     ):
@@ -131,13 +160,7 @@ def engine_in_force(accelerator: Any) -> Engine:
 def contradictions(recipe: Recipe, device: torch.device) -> list[tuple[str, str]]:
     """What the launcher was asked for and this machine or the recipe does not have: (name, sentence) of each."""
     found = []
-    said = json.loads(os.environ.get(ASKED, "{}"))
-    # accelerate's launcher of several processes is for GPUs, but for DeepSpeed, which has a CPU of its own; torchrun
-    # alone says nothing of accelerate.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "ACCELERATE_MIXED_PRECISION" in os.environ
-    several = several and not _flag("ACCELERATE_USE_DEEPSPEED")
-    asks_gpu = not said["use_cpu"] if said else several and "ACCELERATE_USE_CPU" not in os.environ
-    if asks_gpu and device.type == "cpu":
+    if device.type == "cpu" and asks_for_gpus():
         found.append(("no-gpu", "the launch config asks for a GPU and torch sees none here: this trains on the CPU"))
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     computed = PRECISIONS.get(precision, precision)
@@ -146,6 +169,21 @@ def contradictions(recipe: Recipe, device: torch.device) -> list[tuple[str, str]
         way_out = "mixed_precision: 'no' leaves the type to the recipe"
         found.append(("precision", f"{said_by}: products are computed in {computed}; {way_out}"))
     return found
+
+
+def asks_for_gpus() -> bool:
+    """Whether the launch config says `use_cpu: false`: as `llama-ft train` passes it on, else as accelerate's launcher,
+    the process above this one, was given it. Its environment does not tell.
+    """
+    said = json.loads(os.environ.get(ASKED, "{}"))
+    if said:
+        return not said["use_cpu"]
+    parent = psutil.Process().parent()
+    line = parent.cmdline() if parent is not None else []
+    if "--config_file" not in line[:-1]:
+        return False
+    launcher = read_launcher(Path(line[line.index("--config_file") + 1]))
+    return isinstance(launcher, Launcher) and not launcher.use_cpu
 
 
 def in_force_line(engine: Engine, compute_dtype: torch.dtype, accelerator: Any) -> str:

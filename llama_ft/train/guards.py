@@ -209,10 +209,14 @@ def document_losses(trainer: Any, documents: Sequence[tuple[torch.Tensor, torch.
     model.eval()
     count = torch.tensor([len(documents)], device=trainer.args.device)
     passes = int(trainer.accelerator.gather(count).max())
-    found = []
-    for number in range(passes):
-        ids, labels = documents[min(number, len(documents) - 1)]
-        inputs = {"input_ids": ids[None].to(trainer.args.device), "labels": labels[None].to(trainer.args.device)}
-        found.append(float(model(**inputs).loss))
+    padded = [documents[min(number, len(documents) - 1)] for number in range(passes)]
+    found = losses_of(model, padded, trainer.args.device)
     model.train(was_training)
     return found[: len(documents)]
+
+
+@torch.no_grad()
+def losses_of(model: Any, documents: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> list[float]:
+    """Nats per labelled token of each document alone, given as its ids and labels."""
+    batches = [{"input_ids": ids[None].to(device), "labels": labels[None].to(device)} for ids, labels in documents]
+    return [float(model(**batch).loss) for batch in batches]

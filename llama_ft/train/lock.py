@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from llama_ft.data.prepare import Prepared
-    from llama_ft.train.base import Base, Loaded
+    from llama_ft.train.base import Base
+    from llama_ft.train.load import Loaded
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 SAMPLE = 2**20
@@ -32,7 +33,7 @@ def lock_contents(
     """What a run that starts now is decided by: its data, its base, how it is computed, and with what."""
     import torch
 
-    from llama_ft.train.engine import engine_of
+    from llama_ft.train.engine import ONE_PROCESS, engine_of
 
     recipe = base.recipe
     engine = engine_of(state)
@@ -52,7 +53,7 @@ def lock_contents(
         "global_batch": recipe.training.global_batch,
         "micro_batch": micro_batch,
         "accumulation": accumulation,
-        "engine": engine.name or "one process",
+        "engine": engine.name or ONE_PROCESS,
         "world_size": state.num_processes,
         "device": device_name(),
         "threads": torch.get_num_threads(),

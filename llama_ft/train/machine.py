@@ -17,7 +17,8 @@ from llama_ft.llama.shapes import Shape
 from llama_ft.plan.flops import per_token
 from llama_ft.plan.weights import Weights
 from llama_ft.recipe.schema import Recipe
-from llama_ft.train.base import Base, Loaded, trains_base_weights
+from llama_ft.train.base import Base
+from llama_ft.train.load import Loaded, trains_base_weights
 
 GIB = 2**30
 SECONDS = 0.3

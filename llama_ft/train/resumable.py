@@ -18,7 +18,10 @@ from llama_ft.errors import MachineFault
 from llama_ft.files import flush_to_disk, publish
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
+from llama_ft.train.agree import said_by_main
 from llama_ft.train.checkpoints import ASIDE, Best, best_checkpoint, position_of, remove_old, seal, verify
+from llama_ft.train.sharding.checkpoint import load_optimizer, load_weights, save_optimizer, whole_for_file
+from llama_ft.train.sharding.parts import Parts, parts_of
 from llama_ft.train.steps import EpochOrder
 from llama_ft.train.stop import StopCleanly
 
@@ -27,7 +30,8 @@ class ResumableTrainer(SFTTrainer):
     """A trainer whose `checkpoints/step-N` is complete or absent, and holds all that the next step depends on.
 
     `tokens_seen` and `labelled_seen` count this process's training tokens; after a resume the first process also has
-    those of the run before, so that sums over all processes go on where they stood.
+    those of the run before, so that sums over all processes go on where they stood. `parts`: how the engine has cut
+    weights or optimizer states, None where every process has them whole.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class ResumableTrainer(SFTTrainer):
         self.held_out: tuple[int, float] | None = None
         self.evaluation_due = False
         self.resumed_from: str | None = None
+        self.parts: Parts | None = None
+        self.trained_order: list[list[str]] = []
         super().__init__(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -66,6 +72,31 @@ class ResumableTrainer(SFTTrainer):
                     shutil.rmtree(aside, ignore_errors=True)
         if self.stop.agreed():
             self.control.should_training_stop = True
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Where an engine cuts up weights or states, ours are put back, and not the engine's own files read."""
+        cuts = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if cuts else resume_from_checkpoint)
+        self.parts = parts_of(self)
+        if self.parts is not None and resume_from_checkpoint is not None:
+            load_weights(self.parts, self.model, Path(resume_from_checkpoint))
+            load_optimizer(self, Path(resume_from_checkpoint))
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole weights, whatever engine trains."""
+        if self.parts is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_for_file(self.parts, self.model, main=self.is_world_process_zero())
+        if self.is_world_process_zero():
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.parts is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            save_optimizer(self, Path(output_dir))
 
     def _position(self) -> dict[str, Any]:
         """Where the data stands after this step, and what a run that goes on from here cannot find out again."""
@@ -114,16 +145,21 @@ class ResumableTrainer(SFTTrainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
+        if self.order is not None:
+            # accelerate's own way to the sampler ends where batches are both skipped and shared among processes: a run
+            # resumed inside a later epoch would see the documents of the first.
+            self.order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """At the start of the loop (`skip_scheduler`) this is the evaluation that a stopped run still owed: its step's
-        checkpoint is written again, with what was measured.
+        """At the start of the loop (`skip_scheduler`) this is a fresh run's first, or the one that a stopped run still
+        owed: its step's checkpoint is written again, with what was measured.
         """
-        if skip_scheduler:
+        owed = skip_scheduler and self.resumed_from is not None
+        if owed:
             self._load_rng_state(self.resumed_from)
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if skip_scheduler and not self.evaluation_due:
+        if owed and not self.evaluation_due:
             self._save_checkpoint(self.model_wrapped, trial)
         return metrics
 
@@ -131,7 +167,11 @@ class ResumableTrainer(SFTTrainer):
         """Notes what was measured in training, None for an evaluation that was given up.
 
         Asks for a checkpoint where the loss is a new best one and the recipe wants the best, and where the run stops.
+        Before the first step there is nothing to keep.
         """
+        if not self.state.global_step:
+            self.control.should_training_stop |= self.stop.agreed()
+            return
         self.evaluation_due = loss is None
         if loss is not None:
             self.held_out = (self.state.global_step, loss)
@@ -146,10 +186,19 @@ class ResumableTrainer(SFTTrainer):
     def settle_result(self) -> dict[str, Any]:
         """Puts the weights that become the result into the model: the last, or the best checkpoint's on request.
 
-        Returns which: `checkpoint`, `step`, `held_out_loss` and, of the best, `last_held_out_loss`.
-
-        Called by the process that writes the result, when all steps are done. MachineFault if the best is damaged.
+        Returns which: `checkpoint`, `step`, `held_out_loss` and, of the best, `last_held_out_loss`. Called by every
+        process when all steps are done. MachineFault if the best is damaged.
         """
+        result = said_by_main(self._find_result, main=self.is_world_process_zero())
+        if result["step"] != self.state.global_step:
+            folder = self.run.checkpoint(result["step"])
+            if self.parts is None:
+                self._load_from_checkpoint(str(folder))
+            else:
+                load_weights(self.parts, self.model, folder)
+        return result
+
+    def _find_result(self) -> dict[str, Any]:
         step = self.state.global_step
         last = self.held_out[1] if self.held_out and self.held_out[0] == step else None
         best = best_checkpoint(self.run) if self.recipe.export.checkpoint == "best" else None
@@ -163,8 +212,6 @@ class ResumableTrainer(SFTTrainer):
                 where=str(folder),
                 hint="the last weights can be the result: --resume export.checkpoint=last",
             )
-        if best.step != step:
-            self._load_from_checkpoint(str(folder))
         found = {"checkpoint": "best", "step": best.step, "held_out_loss": best.held_out_loss}
         return {**found, "last_held_out_loss": last}
 

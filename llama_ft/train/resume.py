@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from llama_ft.errors import Problem, UserError
@@ -19,6 +18,7 @@ from llama_ft.recipe import dump, load_recipe
 from llama_ft.recipe.emit import scalar
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
+from llama_ft.train.agree import said_by_main
 from llama_ft.train.checkpoints import newest_whole, remove_old, set_aside, tidy
 from llama_ft.train.lock import recipe_hash
 
@@ -28,13 +28,15 @@ BESIDE_THE_CURVE = (
     # How often it looks and writes: an evaluation leaves the random numbers as it found them.
     r"training\.(save_every|keep_checkpoints|eval_every)",
     # Only stops a run.
-    r"training\.max_spike",
+    r"training\.(max_spike|join_timeout|stall_timeout)",
     # Takes effect when training has ended.
     r"export(\..+)?",
     # Contents are compared, wherever they lie (llama_ft.train.checks.check_same_data).
     r"(data|eval_data)\.\d+\.path|template|model\.tokenizer",
 )
 """Keys that do not change a single bit of the losses or the weights."""
+PLACES = r"output_dir|launch|(data|eval_data)\.\d+\.path"
+"""Keys that machines may have each their own value of."""
 EQUAL_TO_ROUNDING = (
     r"launch",
     r"model\.attention",
@@ -86,6 +88,13 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
+def differing(old: Recipe, new: Recipe) -> list[Difference]:
+    """The differences that the processes of one run may not have among them: all but where things lie. One that saves
+    in another step than the others waits for them for ever.
+    """
+    return [one for one in differences(old, new) if not re.fullmatch(PLACES, one.key)]
+
+
 def check_same_recipe(old: Recipe, new: Recipe, where: Path) -> list[Difference]:
     """The differences that a run may go on with. UserError with all others, each with both values."""
     found = differences(old, new)
@@ -114,18 +123,7 @@ def open_resumed(run: Run, recipe: Recipe, state: PartialState, console: Console
     Nothing is touched when the run cannot go on: UserError for no run, for one of which no checkpoint is whole, for a
     recipe that differs where it matters. A run that was killed before its first checkpoint begins again.
     """
-    found: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            found = [_find(run, recipe)]
-        except UserError as error:
-            found = [error]
-    found = broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        if state.is_main_process:
-            raise found[0]
-        raise SystemExit(found[0].exit_code)  # said once
-    resumed: Resumed = found[0]
+    resumed = said_by_main(lambda: _find(run, recipe), main=state.is_main_process)
     say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
     for step, faults in resumed.damaged.items():
         say(f"checkpoint step-{step} is damaged ({'; '.join(faults)}); kept as step-{step}.damaged")
@@ -161,19 +159,20 @@ def _find(run: Run, recipe: Recipe) -> Resumed:
     return Resumed(step, changed, damaged)
 
 
-CUT = ("world_size", "micro_batch", "accumulation")
+CUT = ("world_size", "micro_batch", "accumulation", "engine")
 
 
 def cut_in_force(lock: dict[str, Any]) -> dict[str, Any]:
-    """How steps were cut last: world_size, micro_batch and accumulation of the last resume, else of the start."""
+    """How steps were cut last, and by which engine: as the last resume says, else the start."""
     last = (lock.get("resumed") or [lock])[-1]
     return {name: last.get(name) for name in CUT}
 
 
-def record(run: Run, recipe: Recipe, resumed: Resumed, now: tuple[int, int, int], console: Console) -> None:
+def record(run: Run, recipe: Recipe, resumed: Resumed, now: tuple[int, int, int, str], console: Console) -> None:
     """Adds a resume to run.lock.json and puts the changed recipe into the run's; says what is no longer bit for bit.
 
-    `now`: world size, micro-batch and accumulation from here on. Called by one process, when the run is known to go on.
+    `now`: world size, micro-batch, accumulation and engine from here on. Called by one process, when the run is known
+    to go on.
     """
     lock = run.lock
     before, cut = cut_in_force(lock), dict(zip(CUT, now, strict=True))
@@ -187,8 +186,10 @@ def record(run: Run, recipe: Recipe, resumed: Resumed, now: tuple[int, int, int]
     rounded = [one.key for one in resumed.changed if re.fullmatch("|".join(EQUAL_TO_ROUNDING), one.key)]
     if before["world_size"] != cut["world_size"]:
         rounded.insert(0, f"{before['world_size']} → {cut['world_size']} processes")
-    elif before != cut and "training.micro_batch" not in rounded:
+    elif before["micro_batch"] != cut["micro_batch"] and "training.micro_batch" not in rounded:
         rounded.insert(0, f"micro-batches of {before['micro_batch']} → {cut['micro_batch']}")
+    if before["engine"] != cut["engine"]:
+        rounded.insert(0, f"{before['engine']} → {cut['engine']}")
     if rounded:
         noise = recipe.adapter.dropout or recipe.training.neftune_alpha
         also = ", and dropout and noise draw other random numbers" if noise else ""

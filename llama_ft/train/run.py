@@ -13,18 +13,19 @@ from llama_ft.data.prepare import Prepared
 from llama_ft.plan.steps import Cut
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
-from llama_ft.train.base import Loaded, load_for_training, trains_base_weights
 from llama_ft.train.checks import disk_faults
 from llama_ft.train.ends import EndToken
-from llama_ft.train.engine import settle_engine
+from llama_ft.train.engine import engine_of, settle_engine
 from llama_ft.train.finish import finish, say_stopped
 from llama_ft.train.fit import corrected_once
 from llama_ft.train.guards import Guard
+from llama_ft.train.load import Loaded, load_for_training, trains_base_weights
 from llama_ft.train.planned import peak_bytes, write_measured
 from llama_ft.train.progress import ProgressLine
 from llama_ft.train.start import Flags, Start, make_new_base, open_start, say_start, write_start
 from llama_ft.train.steps import EpochOrder, held_out, with_silence
 from llama_ft.train.stop import STOPPED, StopCleanly
+from llama_ft.train.together import joined
 from llama_ft.train.trainer import LlamaTrainer, training_arguments
 from llama_ft.train.warn import Warnings
 from llama_ft.train.watch import Watch
@@ -55,7 +56,7 @@ def train_recipe(
 
     stop.install()
     try:
-        with disk_faults(run):
+        with joined(recipe, run, stop), disk_faults(run):
             corrected_once(train, recipe, run)
     finally:
         stop.restore()
@@ -66,7 +67,7 @@ def _train(start: Start, stop: StopCleanly) -> None:
     """Loads, trains until the end or until it is stopped, and finishes."""
     run, prepared, state = start.run, start.prepared, start.state
     make_new_base(start)
-    loaded = load_for_training(start.base, state.device, start.lock.get("compute_dtype"))
+    loaded = load_for_training(start.base, state.device, start.lock.get("compute_dtype"), engine_of(state))
     write_start(start, loaded)
     say_start(start, loaded)
     watch = Watch(run, start.base, loaded, prepared, state, start.console, start.step)
@@ -74,16 +75,16 @@ def _train(start: Start, stop: StopCleanly) -> None:
     callbacks = [stop, *watch.callbacks, *([warnings] if start.main else [])]
     trainer = make_trainer(start, loaded, callbacks, stop)
     settle_engine(trainer.accelerator, start.recipe, loaded.compute_dtype, start.console, warnings.say)
+    if stop.peers is not None:
+        stop.peers.watch(trainer)
     watch.ask(trainer)
-    if prepared.eval is not None and start.step is None:
-        trainer.evaluate()
     with watch.status.kept(watch.callbacks):
         train_until_done_or_stopped(trainer, run.checkpoint(start.step) if start.step else None, watch.progress)
         trained_with = peak_bytes(state.device)
-        if stop.asked:
+        if stop.agreed():
             say_stopped(run, start.console)
             raise SystemExit(STOPPED)
-        finish(trainer, prepared, run, start.console, watch.samples, warnings)
+        finish(trainer, start, loaded.compute_dtype, watch.samples, warnings)
         if start.main:
             write_measured(run, state, trainer.state.global_step, trained_with)
 
@@ -102,6 +103,7 @@ def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopC
             start.accumulation,
             has_eval=prepared.eval is not None,
             masters=trains_base_weights(start.base),
+            fresh=start.step is None,
         ),
         data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
         eval_dataset=evaluated.with_format("numpy") if evaluated is not None else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,10 @@ from llama_ft.recipe import dump
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.trainable import check_trainable
-from llama_ft.train.base import Base, Loaded, open_base, write_base
+from llama_ft.train.base import Base, open_base, write_base
 from llama_ft.train.checks import check_disk, check_run_folder, check_same_data, check_writable, clear_run_folder
-from llama_ft.train.engine import check_engine, check_launch, engine_of
+from llama_ft.train.engine import ONE_PROCESS, check_engine, check_launch, check_recipe_fits, engine_of
+from llama_ft.train.load import Loaded
 from llama_ft.train.lock import lock_contents
 from llama_ft.train.optimizer import check_optimizer
 from llama_ft.train.planned import cut_of_run, plan_of_run
@@ -81,6 +83,8 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     Raises UserError and MachineFault as each of them does.
     """
     check_launch()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, DeepSpeed would guess, and say so
     check_trainable(recipe)
     check_trackers(recipe)
     check_optimizer(recipe)
@@ -96,6 +100,7 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     fresh = resumed.step is None
     lock = {"compute_dtype": flags.compute_dtype} if fresh else began_with(run, prepared)
     base = open_base(recipe, run, prepared.tokenizer, resume=not fresh)
+    check_recipe_fits(recipe, engine_of(state), new_tokens=base.grown)
     plan = plan_of_run(base, prepared, state, flags.micro_batch, lock.get("compute_dtype"))
     kept = flags.micro_batch is None and resumed.keeps("training.micro_batch")
     micro_batch, accumulation = cut_of_run(plan, lock, state, kept=kept)
@@ -121,7 +126,8 @@ def write_start(start: Start, loaded: Loaded) -> None:
     if not start.main:
         return
     if start.step is not None:
-        cut = (start.state.num_processes, start.micro_batch, start.accumulation)
+        engine = engine_of(start.state).name or ONE_PROCESS
+        cut = (start.state.num_processes, start.micro_batch, start.accumulation, engine)
         record(start.run, start.recipe, start.resumed, cut, start.console)
         return
     if not start.base.new:
@@ -181,6 +187,10 @@ def checkpoints_at_once(recipe: Recipe, steps: int) -> int:
 
 
 def use_all_cores(state: PartialState) -> None:
-    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all it may use."""
+    """accelerate's launcher sets one thread per process unless told otherwise; a CPU run wants all it may use.
+
+    Cores are shared by the processes of this machine alone, which the launcher counts, or the processes as they meet.
+    """
     if state.device.type == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // max(1, state.num_processes)))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or state.num_processes
+        torch.set_num_threads(max(1, usable_cores() // here))

@@ -6,8 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llama_ft.recipe.run import Run
 from llama_ft.train.checks import how_to_go_on
+
+if TYPE_CHECKING:
+    from llama_ft.train.peers import Peers
 
 STOPPED = 130
 """Exit status of a run that a signal ended: 128 + SIGINT, as a shell has it."""
@@ -29,12 +32,16 @@ class StopCleanly(TrainerCallback):
     - A checkpoint being written: it is finished, however many signals arrive.
     - Start-up and export, which lose nothing: they end at once.
 
+    Of several processes a launcher ends all when one is lost: SIGTERM then waits for what the watch has to say of it.
+
     The run leaves through SystemExit(130) in each case.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.asked: str | None = None
+        self.peers: Peers | None = None
+        """The watch over the other processes, where there are any."""
         self.training = False
         self._saving = False
         self._owner = os.getpid()
@@ -56,21 +63,25 @@ class StopCleanly(TrainerCallback):
     def saving(self) -> Iterator[None]:
         """Nothing but SIGKILL interrupts what is done inside."""
         self._saving = True
+        pausing = self.peers.headway.pausing("writing a checkpoint") if self.peers else nullcontext()
         try:
-            yield
+            with pausing:
+                yield
         finally:
             self._saving = False
 
     def agreed(self) -> bool:
         """Whether a process of this run was asked to stop. All processes ask at the same place: a signal reaches them
-        at different moments, and one that stopped a step before the others would leave them waiting for it.
+        at different moments, and one that stopped a step before the others would leave them waiting for it. One that
+        comes while they ask counts the next time.
         """
-        if dist.is_available() and dist.is_initialized():
-            flag = torch.tensor(int(self.asked is not None), device=PartialState().device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag.item() and self.asked is None:
-                self.asked = "another process was stopped"
-        return self.asked is not None
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.asked is not None
+        flag = torch.tensor(int(self.asked is not None), device=PartialState().device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if flag.item() and self.asked is None:
+            self.asked = "another process was stopped"
+        return bool(flag.item())
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if os.getpid() != self._owner:  # a worker that was forked: it ends as if we had never been here
@@ -79,6 +90,8 @@ class StopCleanly(TrainerCallback):
         if self._saving:
             self._say("stopping as soon as the checkpoint is whole …")
         elif not self.training or (again and number == signal.SIGINT):
+            if self.peers is not None and number == signal.SIGTERM and not again:
+                self.peers.settle()
             self._say(f"stopped; {how_to_go_on(self.run)}")
             raise SystemExit(STOPPED)
         elif not again:

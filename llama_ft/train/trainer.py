@@ -21,17 +21,18 @@ from llama_ft.recipe.schema import Recipe
 from llama_ft.train.ends import EndToken
 from llama_ft.train.guards import Guard
 from llama_ft.train.optimizer import make_optimizer, make_schedule, optimizer_arguments
-from llama_ft.train.processes import allow_fsdp2_on_cpus
 from llama_ft.train.resumable import ResumableTrainer, kept_random_numbers
+from llama_ft.train.sharding.on_cpus import allow_fsdp2_on_cpus
+from llama_ft.train.sharding.parts import order_of
 from llama_ft.train.steps import EpochOrder
 
 
 def training_arguments(
-    recipe: Recipe, run: Run, micro_batch: int, accumulation: int, *, has_eval: bool, masters: bool
+    recipe: Recipe, run: Run, micro_batch: int, accumulation: int, *, has_eval: bool, masters: bool, fresh: bool = True
 ) -> SFTConfig:
     """The recipe's `training` section in TRL's words. Our data is prepared already and our model owns its types.
 
-    masters: weights of the base itself are trained.
+    masters: weights of the base itself are trained. fresh: the run begins, and so with an evaluation.
     """
     training = recipe.training
     on_gpu = torch.cuda.is_available()
@@ -52,12 +53,14 @@ def training_arguments(
         fp16=on_gpu and masters and recipe.model.dtype == "float16",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,  # every trained weight is in every forward pass
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=training.save_every,
         eval_strategy="steps" if has_eval else "no",
         eval_steps=training.eval_every,
+        eval_on_start=has_eval and fresh,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -127,6 +130,7 @@ class LlamaTrainer(ResumableTrainer):
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             self.optimizer = make_optimizer(self, trained, self.recipe)
+            self.trained_order = order_of(self.optimizer, trained)
         return self.optimizer
 
     def create_scheduler(

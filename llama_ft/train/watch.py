@@ -10,7 +10,9 @@ from transformers import TrainerCallback
 
 from llama_ft.data.prepare import Prepared
 from llama_ft.recipe.run import Run
-from llama_ft.train.base import Base, Loaded
+from llama_ft.train.base import Base
+from llama_ft.train.engine import engine_in_force
+from llama_ft.train.load import Loaded
 from llama_ft.train.machine import measure_machine
 from llama_ft.train.progress import Metrics, ProgressLine
 from llama_ft.train.samples import SampleAtEvaluations, Samples
@@ -49,9 +51,10 @@ class Watch:
         samples = self.samples
         if samples is None or not samples.chosen:
             return
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            self.console.print("no answers during training: the engine shards the weights", highlight=False)
-        else:
-            trainer.add_callback(SampleAtEvaluations(samples))
+        if engine_in_force(trainer.accelerator).cuts_weights:
+            said = "no process has all weights: questions are asked at the end alone, before and after training"
+            self.console.print(said, highlight=False, soft_wrap=True)
+            return
+        trainer.add_callback(SampleAtEvaluations(samples))
         if self.fresh:
             samples.answer(trainer.model, "before")

@@ -21,13 +21,13 @@ def small_base(smollm2, tmp_path_factory) -> Path:
     return cut_short(smollm2, tmp_path_factory.mktemp("base"))
 
 
-def cut_short(source: Path, folder: Path) -> Path:
-    """A LLaMA's first two layers, in float32, with its tokenizer."""
+def cut_short(source: Path, folder: Path, layers: int = 2) -> Path:
+    """A LLaMA's first layers, in float32, with its tokenizer."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder

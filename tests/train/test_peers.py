@@ -1,0 +1,177 @@
+"""A process that is lost or stands still ends all others, and is named, within a bound; checkpoints stay whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from llama_ft.train.store import Place
+from llama_ft.train.verdict import GRACE, LOST, SOON
+from tests.train.conftest import metric, train_here
+from tests.train.ranks import Hook, Ranks, block_of
+
+SLACK = 8.0
+"""Seconds beside a bound of the watch: two beats, what the others are given to hear, and the end of a process on a
+loaded machine."""
+SETTINGS = [
+    "model.dtype=float32",
+    "data.0.limit=24",
+    "eval_data=null",
+    "training.global_batch=4",
+    "training.micro_batch=1",
+    "training.save_every=2",
+    "training.keep_checkpoints=3",
+    "training.schedule=constant",
+    "training.warmup=0",
+    "export.merged=false",
+    "tracking=[]",
+]
+ENDLESS = "training.max_steps=100000"
+
+
+@pytest.fixture
+def ranks(tiny_base, tmp_path) -> Iterator[Ranks]:
+    made = Ranks(tmp_path, [f"model.base={tiny_base}", *SETTINGS])
+    yield made
+    made.end()
+
+
+def lost(ranks: Ranks, rank: int, number: int, within: float) -> str:
+    """Sends a signal to a process in the middle of its steps; returns the block that the others say within a bound."""
+    for each in range(ranks.world):
+        ranks.start(each, ENDLESS)
+    ranks.until("step 7/")
+    os.kill(ranks.processes[rank].pid, number)
+    began = time.monotonic()
+    gone = ranks.processes.pop(rank)
+    try:
+        statuses = ranks.wait(within + SLACK)
+        print(f"{signal.Signals(number).name} of rank {rank}: {time.monotonic() - began:.1f} s")
+    finally:
+        gone.kill()
+        gone.join()
+    assert set(statuses.values()) == {1}
+    return ranks.block()
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_process_is_named_and_the_others_end(ranks, rank):
+    """Rank 0 keeps the store here: its end is noticed by that."""
+    block = lost(ranks, rank, signal.SIGKILL, SOON)
+    assert block.startswith("llama-ft: stopped by the machine (1 problem)\n")
+    assert f"rank {rank} on {os.uname().nodename}" in block
+    steps = ranks.whole()
+    assert len(steps) >= 2
+    assert f"checkpoint step-{steps[-1]} is whole, go on with the same command and --resume" in block
+    if rank:
+        assert "no sign of life" in block
+        status = json.loads((ranks.folder / "run" / "status.json").read_text())
+        assert status["state"] == "failed" and "rank 1" in status["message"]
+
+
+def test_of_three_the_two_that_are_left_agree(tiny_base, tmp_path):
+    ranks = Ranks(tmp_path, [f"model.base={tiny_base}", *SETTINGS, "training.global_batch=6"], world=3)
+    try:
+        block = lost(ranks, 1, signal.SIGKILL, SOON)
+    finally:
+        ranks.end()
+    assert "rank 1 on" in block and "rank 2" not in block
+    ranks.whole()
+
+
+def test_a_frozen_process_is_lost(ranks):
+    """Its connections stay open, so nothing but its silence speaks."""
+    block = lost(ranks, 1, signal.SIGSTOP, LOST)
+    silent = re.search(r"rank 1 on .* was lost: no sign of life since .*, for (\d+) s", block)
+    assert silent and LOST <= int(silent[1]) <= LOST + 3, block
+    assert ranks.whole()
+
+
+def test_a_process_that_stands_still_is_named_with_its_stack_and_its_documents(ranks):
+    stall = 4
+    for rank in (0, 1):
+        hook = Hook("sleep", 9) if rank else Hook()  # two micro-batches a step, and one is read ahead
+        ranks.start(rank, ENDLESS, f"training.stall_timeout={stall}", hook=hook)
+    ranks.until("step 3/")
+    began = time.monotonic()
+    assert ranks.wait(stall + SLACK) == {0: 1, 1: 1}
+    assert time.monotonic() - began >= stall
+    block = ranks.block()
+    assert re.search(r"rank 1 on .* stands still since .*, for \d s, between step 3 and the next \(at ", block), block
+    assert "tests/train/ranks.py" in block and "collate" in block
+    assert "rank 0 waits for it" in block
+    folder = ranks.folder / "run" / "faults" / "hang-step-4"
+    assert str(folder) in block
+    stacks = {rank: (folder / f"rank-{rank}.txt").read_text() for rank in (0, 1)}
+    assert "time.sleep(600)" in stacks[1] and "time.sleep" not in stacks[0]
+    for rank, text in stacks.items():
+        assert text.startswith(f"rank {rank} on ")
+        assert re.search(r"micro-batch 0: .*, row \d+", text)
+        assert "thread MainThread" in text
+    assert ranks.whole() == [2]
+
+
+def test_standing_still_may_be_allowed(ranks):
+    """With the time-out off the same process is waited for."""
+    for rank in (0, 1):
+        ranks.start(rank, ENDLESS, "training.stall_timeout=0", hook=Hook("sleep", 9) if rank else Hook())
+    ranks.until("step 3/")
+    time.sleep(8)
+    assert all(process.is_alive() for process in ranks.processes.values())
+
+
+def test_a_process_that_fails_is_named_by_the_others(ranks):
+    for rank in (0, 1):
+        ranks.start(rank, ENDLESS, hook=Hook("raise", 9) if rank else Hook())
+    ranks.until("step 3/")
+    assert ranks.wait(GRACE + SLACK) == {0: 1, 1: 1}
+    assert ranks.said(1).count("Traceback") == 1  # a defect keeps its traceback, where it is
+    block = block_of(ranks.said(0))
+    assert "ended with exit status 1: KeyError: 'a field that only this machine lacks'" in block
+    assert "Traceback" not in ranks.said(0)
+    assert re.search(r"rank 1 on .* \(process \d+\) ended", block)
+
+
+def test_a_process_that_dies_between_meeting_and_connecting(ranks):
+    for rank in (0, 1):
+        ranks.start(rank, ENDLESS, hook=Hook("die") if rank else Hook())
+    statuses = ranks.wait(LOST + SLACK + 10)
+    assert statuses == {0: 1, 1: -signal.SIGKILL}
+    block = ranks.block()
+    assert "rank 1 on" in block and "while starting" in block
+    assert "nothing is lost, start again" in block
+
+
+def test_after_a_loss_the_run_goes_on_as_if_it_had_not_been(ranks, tmp_path, tiny_base):
+    lost(ranks, 1, signal.SIGKILL, SOON)
+    last = ranks.whole()[-1]
+    until = f"training.max_steps={last + 4}"
+    for rank in (0, 1):
+        ranks.start(rank, until, "--resume")
+    assert ranks.wait(90) == {0: 0, 1: 0}, ranks.said(0)
+    whole = Ranks(tmp_path / "whole", ranks.settings)
+    whole.folder.mkdir()
+    for rank in (0, 1):
+        whole.start(rank, until)
+    assert whole.wait(90) == {0: 0, 1: 0}
+    assert metric(ranks.folder / "run") == metric(whole.folder / "run")
+    assert len(metric(whole.folder / "run")) == last + 4
+
+
+def test_one_process_meets_nobody_and_starts_no_thread(tiny_base, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert Place.here() is None
+    seen: set[str] = set()
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (seen.add(self.name), start(self))[1])
+    run = train_here([f"model.base={tiny_base}", *SETTINGS, "training.max_steps=2", f"output_dir={tmp_path / 'run'}"])
+    assert run.steps() == [2]
+    assert not [name for name in seen if "llama_ft" in name]
