@@ -172,7 +172,7 @@ def accelerator_of(setting: Setting) -> Any:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DeepSpeedPlugin
 
-    from llama_ft.train.processes import allow_fsdp2_on_cpus
+    from llama_ft.train.sharding.on_cpus import allow_fsdp2_on_cpus
 
     if not setting.engine.startswith("ZeRO"):
         PartialState(cpu=True)
