@@ -6,15 +6,22 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
+import psutil
 import pytest
 
+from llama_ft.recipe.run import Run
+from llama_ft.train.checkpoints import verify
 from llama_ft.train.store import Place
 from llama_ft.train.verdict import GRACE, LOST, SOON
-from tests.train.conftest import metric, train_here
+from tests.conftest import ROOT
+from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric, train_here
 from tests.train.ranks import Hook, Ranks, block_of
 
 SLACK = 8.0
@@ -102,6 +109,7 @@ def test_a_process_that_stands_still_is_named_with_its_stack_and_its_documents(r
     ranks.until("step 3/")
     began = time.monotonic()
     assert ranks.wait(stall + SLACK) == {0: 1, 1: 1}
+    print(f"stood still for {stall} s: {time.monotonic() - began:.1f} s")
     assert time.monotonic() - began >= stall
     block = ranks.block()
     assert re.search(r"rank 1 on .* stands still since .*, for \d s, between step 3 and the next \(at ", block), block
@@ -163,6 +171,47 @@ def test_after_a_loss_the_run_goes_on_as_if_it_had_not_been(ranks, tmp_path, tin
     assert whole.wait(90) == {0: 0, 1: 0}
     assert metric(ranks.folder / "run") == metric(whole.folder / "run")
     assert len(metric(whole.folder / "run")) == last + 4
+
+
+def descendant(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The trainer of a rank below a launcher."""
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "llama_ft.train" in one.cmdline() and one.environ().get("RANK") == str(rank):
+                return one
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.parametrize("door", ["llama-ft train", "accelerate launch"])
+def test_through_the_launcher_the_block_comes_last(tiny_base, tmp_path, door):
+    """The launcher ends what is left when one is killed; that must not come first."""
+    config = str(ROOT / "accelerate_configs" / "cpu_ddp_2.yaml")
+    recipe = ["quickstart", f"model.base={tiny_base}", *SETTINGS, ENDLESS, f"output_dir={tmp_path / 'run'}"]
+    doors = {
+        "llama-ft train": [sys.executable, "-m", "llama_ft.cli", "train", *recipe, f"launch={config}"],
+        "accelerate launch": [*ACCELERATE, "--config_file", config, "-m", "llama_ft.train", *recipe],
+    }
+    with (tmp_path / "said").open("w") as file:
+        process = subprocess.Popen(doors[door], stdout=file, stderr=file, text=True, env=ENVIRONMENT, cwd=ROOT)
+    try:
+        end = time.monotonic() + 150
+        while "step 7/" not in (tmp_path / "said").read_text() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        descendant(process, 1).kill()
+        began = time.monotonic()
+        assert process.wait(SOON + SLACK) == 1
+        print(f"{door}: {time.monotonic() - began:.1f} s")
+    finally:
+        for one in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            one.kill()
+        process.kill()
+    said = (tmp_path / "said").read_text()
+    assert said.count("llama-ft: stopped by the machine (1 problem)") == 1, said
+    assert re.search(r"rank 1 on .* was lost: no sign of life since", block_of(said))
+    if door == "llama-ft train":
+        assert said.endswith(block_of(said)) and "Traceback" not in said
+    run = Run(tmp_path / "run")
+    assert run.steps() and all(verify(run.checkpoint(step)) == [] for step in run.steps())
 
 
 def test_one_process_meets_nobody_and_starts_no_thread(tiny_base, tmp_path, monkeypatch):
