@@ -91,11 +91,9 @@ def fill(job: Job, on: str, *, command: str, bin_folder: str, storage: str, imag
     bucket = BUCKET.fullmatch(storage) is not None
     if bucket and on != "skypilot":
         raise UserError(f"{storage} is a bucket", key="--storage", hint="name a volume claim that all pods may write")
-    if bucket and job.nodes > 1 and job.sharded:
-        what = (
-            f"under {job.engine} every node writes its part of a checkpoint, and a bucket shows it to the others late"
-        )
-        raise UserError(what, key="--storage", hint="name a volume (sky volumes apply), or take one node or ddp.yaml")
+    if bucket and job.nodes > 1:
+        what = "every node writes into a checkpoint, and a bucket shows its files to the others late"
+        raise UserError(what, key="--storage", hint="name a volume (sky volumes apply), or take one node")
     run_dir = job.run_dir
     arguments = [job.recipe_path, *job.overrides]
     if on == "skypilot" and not Path(run_dir).is_absolute():
@@ -149,7 +147,7 @@ def _values(job: Job) -> dict[str, Any]:
         "cores": job.cores,
         "on_gpu": job.on_gpu,
         "engine": job.engine,
-        "sharded": job.sharded,
+        "deepspeed": job.deepspeed,
         "config": job.config,
         "asked": json.dumps(asked),
         "limit": time_limit(job.plan),

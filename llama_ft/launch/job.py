@@ -57,9 +57,9 @@ class Job:
         return self.launcher.engine
 
     @property
-    def sharded(self) -> bool:
-        """Whether every node writes its part of a checkpoint."""
-        return self.engine.startswith(("ZeRO", "FSDP", "DeepSpeed"))
+    def deepspeed(self) -> bool:
+        """Whether accelerate starts DeepSpeed."""
+        return self.engine.startswith(("ZeRO", "DeepSpeed"))
 
     @property
     def card(self) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from llama_ft.errors import EXIT_FAULT, MachineFault, Problem, user_facing
-from llama_ft.train.ports import port_in_use, port_taken
+from llama_ft.train.ports import answers, port_in_use, port_taken
 
 ACCELERATE = "accelerate.commands.accelerate_cli"
 WHOLE = "300"
@@ -93,6 +93,8 @@ def meet(address: str, port: int, machine: int, machines: int, seconds: float) -
     if machine == 0 and port_in_use(port):
         raise port_taken(port)
     began = time.monotonic()
+    if machine and not answers(address, port, seconds):
+        raise _missing([0], {}, address, port, seconds)
     try:
         store = TCPStore(
             address, port, is_master=machine == 0, wait_for_workers=False, timeout=timedelta(seconds=seconds)
@@ -133,7 +135,7 @@ def _missing(missing: list[int], came: dict[int, str], address: str, port: int, 
         f"start the same command on every machine with its own --machine-rank; each must reach {address}:{port}; "
         "training.join_timeout says how long to wait; nothing is lost, start again"
     )
-    here = ", ".join(f"machine {one} ({host})" for one, host in came.items()) or "nobody who can tell of the others"
+    here = ", ".join(f"machine {one} ({host})" for one, host in came.items()) or "nobody else that could be asked"
     return MachineFault([*problems, Problem(f"these came: {here}", None, None, hint)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 
 import psutil
 
@@ -26,6 +27,22 @@ def port_in_use(port: int) -> bool:
             if error.errno == errno.EADDRINUSE:  # a machine without IPv6 says something else
                 return True
     return False
+
+
+def answers(address: str, port: int, seconds: float) -> bool:
+    """Whether something takes connections at an address, asked again until it does or the time is up.
+
+    torch's own client asks for up to three times as long as it is told to, and says each failure aloud.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=max(0.1, min(5.0, until - time.monotonic()))):
+                return True
+        except OSError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.2)
 
 
 def holder_of(port: int) -> str | None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, DistNetworkError, TCPStore
 
-from llama_ft.train.ports import port_in_use, port_taken
+from llama_ft.train.ports import answers, port_in_use, port_taken
 
 ANSWER = timedelta(seconds=5)
 """How long the store may take for what is known to be there."""
@@ -76,11 +76,14 @@ class Board:
     """
 
     def __init__(self, place: Place, seconds: float):
-        """Connects, waiting `seconds` for the store to come up. MachineFault where rank 0's port is taken."""
+        """Connects, waiting `seconds` for the store to come up. MachineFault where rank 0's port is taken, DistError
+        where nothing answers."""
         self._prefix = f"llama_ft/{place.restart}"
         keeps = place.rank == 0 and not place.agent
         if keeps and port_in_use(place.port):
             raise port_taken(place.port)
+        if not keeps and not answers(place.address, place.port, seconds):
+            raise DistNetworkError(f"nothing answers at {place.address}:{place.port}")
         self._store = TCPStore(
             place.address,
             place.port,

@@ -27,6 +27,13 @@ ENGINES = {
     "cpu_zero3_2": "ZeRO-3",
 }
 METHODS = ["lora", "full"]
+LONGER = {("cpu_ddp_2", "full"), ("cpu_zero1_2", "full")}
+"""A minute each; their halves are in CI: full tuning under the other engines, LoRA under these."""
+EVERY = [
+    pytest.param(config, method, marks=pytest.mark.slow if (config, method) in LONGER else ())
+    for config in ENGINES
+    for method in METHODS
+]
 SAME = 1e-5
 """Nats: how far losses of the same step may lie apart in float32."""
 CLOSE = 2e-3
@@ -94,8 +101,7 @@ def learnt(run: Run, method: str, base: Path) -> dict[str, torch.Tensor]:
     return {name: after[name] - before[name] for name in before}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("config", ENGINES)
+@pytest.mark.parametrize(("config", "method"), EVERY)
 def test_two_processes_train_save_and_prove_what_one_does(runs, base, config, method):
     one, two = runs("cpu", method), runs(config, method)
     assert (two.lock["engine"], two.lock["world_size"]) == (ENGINES[config], 2)
@@ -114,8 +120,7 @@ def test_two_processes_train_save_and_prove_what_one_does(runs, base, config, me
     assert samples and all(one["before"] and one["after"] for one in samples)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("config", ENGINES)
+@pytest.mark.parametrize(("config", "method"), EVERY)
 def test_a_checkpoint_holds_what_one_process_would_have_written(runs, config, method):
     one, two = (run.checkpoint(2) for run in (runs("cpu", method), runs(config, method)))
     assert verify(two) == []
@@ -145,7 +150,7 @@ def test_a_checkpoint_holds_what_one_process_would_have_written(runs, config, me
         ("cpu_zero2_2", "cpu", "full"),
         ("cpu", "cpu_zero2_2", "full"),
         ("cpu_zero3_2", "cpu_fsdp2_2", "full"),
-        ("cpu_fsdp2_2", "cpu_zero3_2", "lora"),
+        pytest.param("cpu_fsdp2_2", "cpu_zero3_2", "lora", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_with_other_processes_and_under_another_engine(runs, base, tmp_path, before, after, method):
@@ -162,7 +167,14 @@ def test_a_run_goes_on_with_other_processes_and_under_another_engine(runs, base,
     assert (resumed["step"], resumed["engine"]) == (2, ENGINES.get(after, "one process"))
 
 
-@pytest.mark.parametrize("config", ["cpu_fsdp2_2", "cpu_zero2_2", "cpu_zero3_2"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param("cpu_fsdp2_2", marks=pytest.mark.slow),
+        pytest.param("cpu_zero2_2", marks=pytest.mark.slow),
+        "cpu_zero3_2",
+    ],
+)
 def test_weights_that_do_not_divide_come_back_whole(tiny_base, tmp_path, config):
     """64 rows and 360 tokens among three processes: some hold fewer than others, or padding. Then two go on."""
     batch = ("training.global_batch=6", "training.micro_batch=1", "export.merged=false", "eval_data=null")

@@ -6,15 +6,24 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
 
+from llama_ft.recipe.run import Run
+from llama_ft.train.checkpoints import verify
+from llama_ft.train.join import Company
 from llama_ft.train.store import Place
-from llama_ft.train.verdict import GRACE, LOST, SOON
-from tests.train.conftest import metric, train_here
+from llama_ft.train.verdict import GRACE, LOST, SOON, Seen, Verdict, judge
+from tests.conftest import ROOT
+from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric, train_here
 from tests.train.ranks import Hook, Ranks, block_of
 
 SLACK = 8.0
@@ -102,6 +111,7 @@ def test_a_process_that_stands_still_is_named_with_its_stack_and_its_documents(r
     ranks.until("step 3/")
     began = time.monotonic()
     assert ranks.wait(stall + SLACK) == {0: 1, 1: 1}
+    print(f"stood still for {stall} s: {time.monotonic() - began:.1f} s")
     assert time.monotonic() - began >= stall
     block = ranks.block()
     assert re.search(r"rank 1 on .* stands still since .*, for \d s, between step 3 and the next \(at ", block), block
@@ -139,6 +149,7 @@ def test_a_process_that_fails_is_named_by_the_others(ranks):
     assert re.search(r"rank 1 on .* \(process \d+\) ended", block)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_between_meeting_and_connecting(ranks):
     for rank in (0, 1):
         ranks.start(rank, ENDLESS, hook=Hook("die") if rank else Hook())
@@ -165,6 +176,47 @@ def test_after_a_loss_the_run_goes_on_as_if_it_had_not_been(ranks, tmp_path, tin
     assert len(metric(whole.folder / "run")) == last + 4
 
 
+def descendant(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The trainer of a rank below a launcher."""
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "llama_ft.train" in one.cmdline() and one.environ().get("RANK") == str(rank):
+                return one
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.parametrize("door", ["llama-ft train", "accelerate launch"])
+def test_through_the_launcher_the_block_comes_last(tiny_base, tmp_path, door):
+    """The launcher ends what is left when one is killed; that must not come first."""
+    config = str(ROOT / "accelerate_configs" / "cpu_ddp_2.yaml")
+    recipe = ["quickstart", f"model.base={tiny_base}", *SETTINGS, ENDLESS, f"output_dir={tmp_path / 'run'}"]
+    doors = {
+        "llama-ft train": [sys.executable, "-m", "llama_ft.cli", "train", *recipe, f"launch={config}"],
+        "accelerate launch": [*ACCELERATE, "--config_file", config, "-m", "llama_ft.train", *recipe],
+    }
+    with (tmp_path / "said").open("w") as file:
+        process = subprocess.Popen(doors[door], stdout=file, stderr=file, text=True, env=ENVIRONMENT, cwd=ROOT)
+    try:
+        end = time.monotonic() + 150
+        while "step 7/" not in (tmp_path / "said").read_text() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        descendant(process, 1).kill()
+        began = time.monotonic()
+        assert process.wait(SOON + SLACK) == 1
+        print(f"{door}: {time.monotonic() - began:.1f} s")
+    finally:
+        for one in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            one.kill()
+        process.kill()
+    said = (tmp_path / "said").read_text()
+    assert said.count("llama-ft: stopped by the machine (1 problem)") == 1, said
+    assert re.search(r"rank 1 on .* was lost: no sign of life since", block_of(said))
+    if door == "llama-ft train":
+        assert said.endswith(block_of(said)) and "Traceback" not in said
+    run = Run(tmp_path / "run")
+    assert run.steps() and all(verify(run.checkpoint(step)) == [] for step in run.steps())
+
+
 def test_one_process_meets_nobody_and_starts_no_thread(tiny_base, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -175,3 +227,80 @@ def test_one_process_meets_nobody_and_starts_no_thread(tiny_base, tmp_path, monk
     run = train_here([f"model.base={tiny_base}", *SETTINGS, "training.max_steps=2", f"output_dir={tmp_path / 'run'}"])
     assert run.steps() == [2]
     assert not [name for name in seen if "llama_ft" in name]
+
+
+class Everyone:
+    """Three processes as rank 0 hears them, on a clock that is turned by hand."""
+
+    def __init__(self, tmp_path: Path):
+        place = Place(0, 3, 0, "a", "a", "127.0.0.1", 1, False)
+        self.company = Company(place, None, ["a", "a", "b"], [10, 11, 12], ["a", "a", "b"])  # type: ignore[arg-type]
+        self.run, self.now = Run(tmp_path), 1000.0
+        self.seen = {rank: Seen(self.beat(0, 0), self.now, self.now) for rank in range(3)}
+
+    def beat(self, number: int, count: int, place: tuple[int, ...] = (4, 1, 1, 9), **more: object) -> dict[str, object]:
+        said = {"number": number, "count": count, "limit": 60.0, "doing": "beginning step 4", "step": 4}
+        return {**said, "place": list(place), **more}
+
+    def after(self, seconds: float, *beats: dict[str, object] | None, evidence: bool = False) -> Verdict | None:
+        self.now += seconds
+        for rank, beat in enumerate(beats):
+            if beat is not None:
+                self.seen[rank].hear(beat, self.now)
+        return judge(self.seen, self.now, evidence=evidence, company=self.company, run=self.run)
+
+
+def test_silence_is_judged_sooner_where_something_else_speaks_for_it(tmp_path):
+    everyone = Everyone(tmp_path)
+    for second in range(1, int(LOST) + 3):
+        verdict = everyone.after(1, everyone.beat(second, second), everyone.beat(second, second))
+        assert (verdict is not None) == (second > LOST), second
+    assert verdict is not None and verdict.lost == [2] and "rank 2 on b (process 12) was lost" in verdict.block()
+    everyone = Everyone(tmp_path)
+    for second in range(1, int(SOON) + 3):
+        verdict = everyone.after(1, everyone.beat(second, second), everyone.beat(second, second), evidence=True)
+        assert (verdict is not None) == (second > SOON), second
+
+
+def test_processes_of_one_machine_are_told_together(tmp_path):
+    everyone = Everyone(tmp_path)
+    verdict = everyone.after(LOST + 1, None, None, everyone.beat(1, 1))
+    assert verdict is not None and verdict.lost == [0, 1]
+    assert "ranks 0-1 on a were lost" in verdict.block() and "(1 problem)" in verdict.block()
+
+
+def test_who_left_in_order_is_not_lost(tmp_path):
+    everyone = Everyone(tmp_path)
+    everyone.after(1, *(everyone.beat(1, 1, left=0) for _ in range(2)), everyone.beat(1, 1))
+    assert everyone.after(2 * LOST, None, None, everyone.beat(2, 1, limit=0)) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "blamed", "waiting"),
+    [
+        ([(5, 1, 1, 9), (4, 4, 2, 8), (5, 1, 1, 9)], "rank 1 on a", "ranks 0, 2 wait for it"),
+        ([(5, 1, 1, 9), (5, 1, 1, 9), (5, 1, 1, 8)], "rank 2 on b", "ranks 0-1 wait for it"),
+    ],
+    ids=["by its step", "by its exchanges"],
+)
+def test_who_is_behind_is_to_blame(tmp_path, places, blamed, waiting):
+    everyone = Everyone(tmp_path)
+    for second in range(0, 90, 10):
+        beats = [everyone.beat(second + 1, 1, place, at="at x.py:1") for place in places]
+        verdict = everyone.after(10, *beats)
+        assert (verdict is not None) == (second > 60), second
+    assert verdict is not None and verdict.standstill == 5
+    assert f"{blamed} (process" in verdict.block() and "(at x.py:1)" in verdict.block() and waiting in verdict.block()
+
+
+def test_nobody_is_blamed_where_none_is_behind_and_nobody_while_one_writes(tmp_path):
+    everyone = Everyone(tmp_path)
+    for limit in (0, 60.0):
+        for second in range(7):
+            beats = [everyone.beat(int(100 * limit) + second + 1, 1) for _ in range(2)]
+            verdict = everyone.after(10, *beats, everyone.beat(int(100 * limit) + second + 1, 1, limit=limit))
+    assert verdict is not None and "and none is behind" in verdict.block()
+    everyone = Everyone(tmp_path)
+    for second in range(20):
+        beats = [everyone.beat(second + 1, 1) for _ in range(2)]
+        assert everyone.after(10, *beats, everyone.beat(second + 1, 1, limit=0)) is None
