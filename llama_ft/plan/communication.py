@@ -3,14 +3,14 @@
 A ring over n devices sends (n−1)/n of what is gathered, as much of what is reduced and scattered, and both for an
 all-reduce (ZeRO, arXiv 1910.02054 §7). What is sent how often is what the engines do as they are used here, in
 accelerate 1.15, transformers 5.23, DeepSpeed 0.19 and torch 2.13, read in their code and held against the bytes that
-two and four processes put on the wire (benchmarks/exchange.py). With T trained weights, W all of them as they are sent
-and E the embedding:
+two and four processes put on the wire (benchmarks/exchange.py). With T trained weights, W all of them as they are sent,
+E the embedding and H the head:
 
     DDP      all-reduce T once a step
     ZeRO-1   all-reduce T once a step, gather T          the paper has a reduce-scatter; DeepSpeed's buckets hold
     ZeRO-2   all-reduce T in every pass, gather T        slices of several owners and go to all of them
     ZeRO-3   reduce-scatter T and gather 2W − E in every pass; what is used again within 1e9 weights is not sent again
-    FSDP2    reduce-scatter T and gather 2W − E in every pass; the head stays from forward to backward
+    FSDP2    reduce-scatter T and gather 2W − H in every pass; the head stays from forward to backward
 
 Over gloo, torch makes a reduce-scatter of an all-reduce. Some numbers a step that all agree on are left out.
 """
