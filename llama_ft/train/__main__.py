@@ -47,6 +47,11 @@ def main() -> None:
     except SystemExit as stop:
         report_status(stop.code if isinstance(stop.code, int) else 1)
         raise
+    except KeyboardInterrupt:  # before the run answers Ctrl-C itself
+        if arguments.debug:
+            raise
+        report_status(130)
+        raise SystemExit(130) from None
     finally:
         leave_group()
 

@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -43,7 +44,7 @@ def main() -> None:
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", WHOLE)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end_or_leave)
+        signal.signal(number, pass_on)
     with user_facing():
         if said.meet:
             address, _, port = said.meet.rpartition(":")
@@ -51,12 +52,20 @@ def main() -> None:
         start(said.module, said.arguments)
 
 
-def end_or_leave(number: int, frame: Any) -> None:
-    """A signal is for the processes that train, who get it from the terminal or from `llama-ft train`. An agent that
-    caught it would pass it on a second time, which means at once, and end them half a minute later.
+def pass_on(number: int, frame: Any) -> None:
+    """A signal is for the processes that train; before there are any, for this one.
+
+    torch's agent would pass it on too, and kill them half a minute later, checkpoint or not. It starts each in a
+    session of its own, which Ctrl-C at the terminal does not reach; one of this session has had it already, and a
+    second one means at once.
     """
-    if not psutil.Process().children():
+    children = psutil.Process().children()
+    if not children:
         raise SystemExit(128 + number)
+    for one in children:
+        with suppress(OSError, psutil.Error):
+            if os.getsid(one.pid) != os.getsid(0):
+                one.send_signal(number)
 
 
 def start(module: str, arguments: list[str]) -> None:
