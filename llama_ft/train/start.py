@@ -89,7 +89,9 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     check_trackers(recipe)
     check_optimizer(recipe)
     state = PartialState(cpu=not torch.cuda.is_available())
-    check_engine(engine_of(state))
+    engine = engine_of(state)
+    check_engine(engine)
+    check_recipe_fits(recipe, engine, new_tokens=False)
     use_all_cores(state)
     console = Console(quiet=not state.is_main_process)
     check_run_folder(run, resume=flags.resume, overwrite=flags.overwrite)
@@ -100,7 +102,7 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     fresh = resumed.step is None
     lock = {"compute_dtype": flags.compute_dtype} if fresh else began_with(run, prepared)
     base = open_base(recipe, run, prepared.tokenizer, resume=not fresh)
-    check_recipe_fits(recipe, engine_of(state), new_tokens=base.grown)
+    check_recipe_fits(recipe, engine, new_tokens=base.grown)  # the first time only the recipe was known
     plan = plan_of_run(base, prepared, state, flags.micro_batch, lock.get("compute_dtype"))
     kept = flags.micro_batch is None and resumed.keeps("training.micro_batch")
     micro_batch, accumulation = cut_of_run(plan, lock, state, kept=kept)

@@ -14,7 +14,7 @@ from llama_ft import load_recipe
 from llama_ft.errors import UserError
 from llama_ft.recipe.launchers import read_launcher
 from llama_ft.recipe.run import Run
-from llama_ft.train.engine import Engine, asked_engine, check_engine, contradictions
+from llama_ft.train.engine import Engine, asked_engine, check_engine, check_recipe_fits, contradictions
 from llama_ft.train.launch import ASKED, STATUS_FILE, report_status, what_is_asked
 from tests.conftest import ROOT
 from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric
@@ -174,6 +174,28 @@ def test_autocast_that_the_recipe_did_not_ask_for_is_said(tiny_base, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "engine: one process, float32 on cpu, products in bfloat16" in done.stdout
     assert "mixed_precision: bf16, the recipe model.dtype: float32" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engine", "new_tokens", "key"),
+    [
+        (["adapter.method=qlora"], "FSDP2", False, "adapter.method"),
+        (["adapter.method=qlora"], "ZeRO-2", False, None),
+        (["training.optimizer=adamw_8bit"], "ZeRO-1", False, "training.optimizer"),
+        ([], "ZeRO-3", False, None),
+        ([], "ZeRO-3", True, "adapter.modules_to_save"),
+        (["adapter.method=full"], "ZeRO-3", True, None),
+    ],
+)
+def test_the_engine_in_force_is_held_against_the_recipe(overrides, engine, new_tokens, key):
+    """`accelerate launch` may be given another config than the recipe names."""
+    recipe = load_recipe("quickstart", overrides)
+    if key is None:
+        check_recipe_fits(recipe, Engine(engine, 2), new_tokens=new_tokens)
+        return
+    with pytest.raises(UserError) as error:
+        check_recipe_fits(recipe, Engine(engine, 2), new_tokens=new_tokens)
+    assert [one.key for one in error.value.problems] == [key]
 
 
 def test_the_exit_status_is_that_of_the_first_process_to_end(tmp_path, monkeypatch):
