@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from llama_ft import load_recipe
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.recipe import resolve
 from llama_ft.recipe.launchers import Launcher, read_launcher
+from llama_ft.train import start
 from llama_ft.train.agents import meet
 from llama_ft.train.join import ranks_named
 from llama_ft.train.launch import Machines, launch_command, meeting
@@ -252,6 +254,19 @@ def test_the_device_that_reaches_another_machine():
         for one in addresses:
             if one.family == socket.AF_INET and name != "lo":
                 assert device_to(one.address) == name
+
+
+@pytest.mark.parametrize(("here", "threads"), [("1", 8), ("2", 4), (None, 2)], ids=["alone here", "two here", "unsaid"])
+def test_cores_are_shared_by_the_processes_of_this_machine(monkeypatch, here, threads):
+    """Of four processes: what another machine runs takes no core of this one."""
+    monkeypatch.setattr(start, "usable_cores", lambda: 8)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    start.use_all_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=4))  # type: ignore[arg-type]
+    assert set_to == [threads]
 
 
 def test_which_errors_are_those_of_an_exchange():
