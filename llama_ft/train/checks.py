@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llama_ft.errors import MachineFault, UserError
+from llama_ft.errors import MachineFault, Problem, UserError
 from llama_ft.recipe.run import Run
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container.cc", "basic_ios::clear: iostream error")
@@ -47,11 +47,28 @@ def check_same_data(lock: dict[str, Any], hashes: dict[str, Any], run: Run) -> N
     began = lock.get("hashes")
     if began is None:
         return
-    parts = {"data": "the rows", "template": "the template", "tokenizer": "the tokenizer"}
-    changed = [said for name, said in parts.items() if _contents(began.get(name)) != _contents(hashes[name])]
+    changed = differing_parts(began, hashes)
     if changed:
         what = f"{' and '.join(changed)} changed since this run began: the order and the losses would be others"
         raise UserError(what, where=str(run.lock_file), hint="put them back, or start anew with --overwrite")
+
+
+def check_same_everywhere(hashes: list[dict[str, Any]]) -> None:
+    """Refuses processes that read other rows, another template or tokenizer than the first; `hashes`: of each rank."""
+    problems = []
+    for rank, other in enumerate(hashes):
+        differing = differing_parts(hashes[0], other)
+        if differing:
+            what = f"{' and '.join(differing)} differ from those of rank 0: a step would not hold its documents"
+            problems.append(Problem(what, f"rank {rank}", "data", "copy the files to every machine, or share them"))
+    if problems:
+        raise UserError(problems)
+
+
+def differing_parts(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What of rows, template and tokenizer is another, in words. A file that only moved is the same data."""
+    parts = {"data": "the rows", "template": "the template", "tokenizer": "the tokenizer"}
+    return [said for name, said in parts.items() if _contents(one.get(name)) != _contents(other[name])]
 
 
 def _contents(hashes: Any) -> Any:

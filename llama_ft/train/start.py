@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 
 from llama_ft.data.prepare import Prepared, prepare_data
@@ -22,8 +23,16 @@ from llama_ft.recipe import dump
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.trainable import check_trainable
+from llama_ft.train.agree import said_by_main
 from llama_ft.train.base import Base, open_base, write_base
-from llama_ft.train.checks import check_disk, check_run_folder, check_same_data, check_writable, clear_run_folder
+from llama_ft.train.checks import (
+    check_disk,
+    check_run_folder,
+    check_same_data,
+    check_same_everywhere,
+    check_writable,
+    clear_run_folder,
+)
 from llama_ft.train.engine import ONE_PROCESS, check_engine, check_launch, check_recipe_fits, engine_of
 from llama_ft.train.load import Loaded
 from llama_ft.train.lock import lock_contents
@@ -99,6 +108,9 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     check_writable(run)
     with state.main_process_first(), rows_line(shown=state.is_main_process) as said:
         prepared = prepare_data(recipe, allow=flags.allow, progress=said)
+    if prepared.stream is None:  # of streamed files only names, sizes and dates are known, which machines may differ in
+        everywhere = gather_object([prepared.hashes])
+        said_by_main(lambda: check_same_everywhere(everywhere), main=state.is_main_process)
     fresh = resumed.step is None
     lock = {"compute_dtype": flags.compute_dtype} if fresh else began_with(run, prepared)
     base = open_base(recipe, run, prepared.tokenizer, resume=not fresh)
