@@ -72,7 +72,7 @@ def train(base: Path, folder: Path, method: str, config: str, *more: str) -> sub
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """runs(config, method): the finished run of four steps, made once."""
+    """runs(config, method): the finished run of four steps, made once; a gigabyte each, gone at the end."""
     folder = tmp_path_factory.mktemp("runs")
     made: dict[tuple[str, str], Run] = {}
 
@@ -84,7 +84,8 @@ def runs(base, tmp_path_factory):
             made[config, method] = Run(path)
         return made[config, method]
 
-    return make
+    yield make
+    shutil.rmtree(folder)
 
 
 def apart(found: list[float], wanted: list[float]) -> float:
@@ -165,6 +166,7 @@ def test_a_run_goes_on_with_other_processes_and_under_another_engine(runs, base,
     assert apart(metric(path), metric(whole.path)) <= SAME
     resumed = Run(path).lock["resumed"][-1]
     assert (resumed["step"], resumed["engine"]) == (2, ENGINES.get(after, "one process"))
+    shutil.rmtree(path)
 
 
 @pytest.mark.parametrize(
