@@ -102,6 +102,9 @@ class StopCleanly(TrainerCallback):
         os.write(2, f"\n{self.asked}: {text}\n".encode())
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
+        self.training = state.global_step > 0  # a fresh run has nothing to lose in its first evaluation
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
         self.training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):

@@ -336,7 +336,7 @@ def test_sigterm_in_an_evaluation_gives_it_up_and_the_resume_evaluates(settings,
     """The evaluation is that after the third step, where no checkpoint is due."""
     here = [*settings, f"output_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
-        when = lambda self, *_: self.is_in_train and not self.model.training  # noqa: E731
+        when = lambda self, *_: self.state.global_step and not self.model.training  # noqa: E731
         signal_at(patch, LlamaTrainer, "_prepare_inputs", signal.SIGTERM, when=when)
         stopped(here)
     run = Run(tmp_path / "run")

@@ -139,7 +139,7 @@ def test_the_curve_does_not_depend_on_how_the_work_is_cut(small_base, baseline, 
 
 def test_the_curve_does_not_depend_on_the_fast_paths(small_base, baseline, tmp_path, monkeypatch):
     """Every fast path switched to its plain twin: attention, head, elementwise, last layer's rows, the LoRA product."""
-    monkeypatch.setattr("llama_ft.train.base.Fast", lambda attention: PLAIN)
+    monkeypatch.setattr("llama_ft.train.load.Fast", lambda attention: PLAIN)
     monkeypatch.setattr("llama_ft.adapters.lora.fused_project", project_each)
     found = curve(small_base, tmp_path, ["training.micro_batch=8"])
     assert max(abs(a - b) for a, b in zip(found, baseline, strict=True)) <= 1e-5
