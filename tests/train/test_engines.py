@@ -169,14 +169,8 @@ def test_a_run_goes_on_with_other_processes_and_under_another_engine(runs, base,
     shutil.rmtree(path)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param("cpu_fsdp2_2", marks=pytest.mark.slow),
-        pytest.param("cpu_zero2_2", marks=pytest.mark.slow),
-        "cpu_zero3_2",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_fsdp2_2", "cpu_zero2_2", "cpu_zero3_2"])
 def test_weights_that_do_not_divide_come_back_whole(tiny_base, tmp_path, config):
     """64 rows and 360 tokens among three processes: some hold fewer than others, or padding. Then two go on."""
     batch = ("training.global_batch=6", "training.micro_batch=1", "export.merged=false", "eval_data=null")
