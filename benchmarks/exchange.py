@@ -17,10 +17,12 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from llama_ft.llama.shapes import Shape
 from llama_ft.plan.communication import exchange
@@ -110,11 +112,31 @@ def measured(setting: Setting, *, timeout: float = 300) -> int:
         {"ACCELERATE_USE_DEEPSPEED": "true"} if setting.engine.startswith("ZeRO") else {"ACCELERATE_USE_CPU": "true"}
     )
     command = [*inside, *launch, json.dumps(asdict(setting))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=timeout)
-    found = [line for line in done.stdout.splitlines() if line.startswith("sent ")]
-    if done.returncode or not found:
-        raise RuntimeError(f"{setting}:\n{done.stderr[-3000:]}")
+    status, out, err = run_whole(command, environment, timeout)
+    found = [line for line in out.splitlines() if line.startswith("sent ")]
+    if status or not found:
+        raise RuntimeError(f"{setting}:\n{err[-3000:]}")
     return int(found[-1].split()[1])
+
+
+def run_whole(command: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a command; after `timeout` seconds TimeoutExpired, and no process of it is left.
+
+    torchrun starts each worker in a session of its own: neither its own end nor that of its group reaches them.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        with suppress(psutil.Error):
+            parent = psutil.Process(process.pid)
+            for one in [*parent.children(recursive=True), parent]:
+                with suppress(psutil.Error):
+                    one.kill()
+        process.communicate()
+        raise
+    return process.returncode, out, err
 
 
 def free_port() -> int:

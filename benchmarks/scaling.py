@@ -19,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.exchange import free_port, namespaces_allowed
 from llama_ft.plan.hardware import processor
+from llama_ft.train.lock import versions
 
 RESULTS = Path(__file__).parent / "results"
 SHORT, WARM = 3, 2
@@ -121,9 +121,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def machine() -> dict[str, Any]:
     """The processor, the versions that compute, and today's date."""
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+    found = versions(packages)
     return {
         "cpu": processor(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: found[name] for name in packages},
         "date": date.today().isoformat(),
     }
 
@@ -152,9 +153,9 @@ def main() -> None:
     for config in [ALONE, *options.configs]:
         rows.append(measure(config, options))
         print(f"{config}: {rows[-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     text = (
-        f"`python -m benchmarks.scaling {' '.join(sys.argv[1:])}`\n\n{about['cpu']}, one core a process; {versions}; "
+        f"`python -m benchmarks.scaling {' '.join(sys.argv[1:])}`\n\n{about['cpu']}, one core a process; {packages}; "
         f"{about['date']}. {options.recipe}, {options.batch} documents a process and step in passes of "
         f"{options.micro_batch}, {options.rounds} × {options.steps} steps.\n\n{table(rows)}\n"
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -41,23 +42,34 @@ BUCKET = re.compile(r"[a-z0-9]+://\S+")
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Its template, the ending of the file, the shared folder in a job (None: where the job was submitted), and the
-    command that takes the file, with what to install for it."""
+    """Its template, the ending of the file, the shared folder in a job (None: where the job was submitted), the command
+    that takes the file, with what to install for it, and which of --storage and --image its file has a place for."""
 
     template: str
     suffix: str
     shared: str | None
     submit: tuple[str, ...]
     install: str
+    takes: tuple[str, ...] = ()
 
 
 SCHEDULERS = {
     "slurm": Scheduler("slurm.sh", ".sbatch", None, ("sbatch",), "submit from a login node of the cluster"),
     "skypilot": Scheduler(
-        "skypilot.yaml", ".sky.yaml", "/shared", ("sky", "jobs", "launch", "--yes"), "pip install 'skypilot[CLOUD]'"
+        "skypilot.yaml",
+        ".sky.yaml",
+        "/shared",
+        ("sky", "jobs", "launch", "--yes"),
+        "pip install 'skypilot[CLOUD]'",
+        ("--storage",),
     ),
     "kubernetes": Scheduler(
-        "kubernetes.yaml", ".trainjob.yaml", "/shared", ("kubectl", "create", "-f"), "install Kubernetes' kubectl"
+        "kubernetes.yaml",
+        ".trainjob.yaml",
+        "/shared",
+        ("kubectl", "create", "-f"),
+        "install Kubernetes' kubectl",
+        ("--storage", "--image"),
     ),
 }
 """What `--on` takes."""
@@ -95,6 +107,8 @@ def fill(job: Job, on: str, *, command: str, bin_folder: str, storage: str, imag
         what = "every node writes into a checkpoint, and a bucket shows its files to the others late"
         raise UserError(what, key="--storage", hint="name a volume (sky volumes apply), or take one node")
     run_dir = job.run_dir
+    if scheduler.shared is not None:
+        check_shared(run_dir, scheduler.shared)
     arguments = [job.recipe_path, *job.overrides]
     if on == "skypilot" and not Path(run_dir).is_absolute():
         run_dir = f"{scheduler.shared}/{run_dir}"
@@ -113,6 +127,17 @@ def fill(job: Job, on: str, *, command: str, bin_folder: str, storage: str, imag
     }
     text = _environment().get_template(f"{scheduler.template}.jinja").render(values)
     return Filled(text, (*job.notes, *_left_to_you(job, on, storage, image)))
+
+
+def check_shared(run_dir: str, shared: str) -> None:
+    """UserError for a run folder that would lie on a node's own disk, and be gone with it."""
+    folder = PurePosixPath(posixpath.normpath(posixpath.join(shared, run_dir)))
+    if PurePosixPath(shared) not in folder.parents:
+        raise UserError(
+            f"{run_dir} would not lie on the storage that all nodes share, which is {shared}",
+            key="output_dir",
+            hint=f"output_dir={shared}/… or a relative one, which is taken from there",
+        )
 
 
 def _environment() -> Environment:

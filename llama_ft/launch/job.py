@@ -73,9 +73,14 @@ class Job:
 
 
 def make_job(
-    recipe_path: str, overrides: list[str], *, nodes: int = 1, gpus: int | None = None, hardware: str | None = None
+    recipe_path: str,
+    overrides: list[str],
+    *,
+    nodes: int | None = None,
+    gpus: int | None = None,
+    hardware: str | None = None,
 ) -> Job:
-    """Resolves and plans a recipe for `nodes` nodes.
+    """Resolves and plans a recipe for `nodes` nodes, None for as many as the launch config has machines.
 
     gpus: of each node; hardware: the card of each, a count before it is a node's too. With neither, a launch config for
     GPUs says how many, and one for a CPU gets none. Raises UserError for whatever the recipe, the plan or the launch
@@ -86,6 +91,13 @@ def make_job(
     check_trainable(recipe, resolved.origins)
     of_node = _of_node(gpus, hardware)
     config, launcher = launch_for(recipe.launch, resolved.launcher, of_node)
+    if launcher.torchrun:
+        raise UserError(
+            f"{Path(config).name} is of distributed_type MULTI_CPU, of which accelerate starts one process on a node",
+            key="launch",
+            hint="launch=accelerate_configs/cpu_ddp_2.yaml, or one like it",
+        )
+    nodes = launcher.machines if nodes is None else nodes
     notes = []
     if resolved.launcher is not None and resolved.launcher.use_cpu and not launcher.use_cpu:
         notes.append(f"the recipe's launch config is for a CPU: {config} takes its place, for GPUs")

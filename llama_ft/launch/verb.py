@@ -16,7 +16,9 @@ def launch(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=1e-4.")
     ] = None,
     on: Annotated[str, typer.Option(help="slurm, skypilot or kubernetes.")] = "slurm",
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines.", show_default="as the launch config says")
+    ] = None,
     gpus: Annotated[
         int | None,
         typer.Option(min=1, help="GPUs of each node.", show_default="as --hardware or the launch config says"),
@@ -25,9 +27,15 @@ def launch(
         str | None, typer.Option(help="The card, and how many a node has: 8xH100-80GB.", show_default="not named")
     ] = None,
     storage: Annotated[
-        str, typer.Option(help="Where runs lie: a volume (SkyPilot), s3://…, gs://… (SkyPilot), a claim (Kubernetes).")
-    ] = "llama-ft",
-    image: Annotated[str, typer.Option(help="An image with llama_ft inside (Kubernetes).")] = "llama-ft",
+        str | None,
+        typer.Option(
+            help="Where runs lie: a volume (SkyPilot), s3://…, gs://… (SkyPilot), a claim (Kubernetes).",
+            show_default="llama-ft",
+        ),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="An image with llama_ft inside (Kubernetes).", show_default="llama-ft")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file to write.", show_default="RUN.sbatch, .sky.yaml, .trainjob.yaml")
     ] = None,

@@ -28,12 +28,12 @@ def accelerate_line(
     config: str,
     use_cpu: bool,
     processes: int | None = None,
-    machines: Mapping[str, int | str] | None = None,
+    machines: Mapping[str, int | str | bool] | None = None,
 ) -> list[str]:
     """The arguments of `accelerate launch … -m llama_ft.train RECIPE`, this Python and accelerate's module in front.
 
     processes: overrides the config's number of devices; None leaves it. machines: further options of accelerate's that
-    override its config, as `{"machine_rank": 1}`.
+    override its config, as `{"machine_rank": 1}`; True for one without a value.
     """
     line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     # What accelerate would otherwise guess aloud.
@@ -44,8 +44,23 @@ def accelerate_line(
     if processes is not None:
         line += ["--num_processes", str(processes)]
     for option, value in (machines or {}).items():
-        line += [f"--{option}", str(value)]
+        line += [f"--{option}"] if value is True else [f"--{option}", str(value)]
     return [*line, "-m", "llama_ft.train", recipe_path, *overrides, *flags]
+
+
+def meeting_options(launcher: Launcher) -> dict[str, int | str | bool]:
+    """Options of `accelerate launch` by which several machines meet on one port; none for one machine.
+
+    Said aloud, for a config of one machine says port 0: with it each machine would take a free port of its own. And
+    DeepSpeed's own way to other machines is pdsh; here a launcher is started on each.
+    """
+    if launcher.machines == 1:
+        return {}
+    said: dict[str, int | str | bool] = {"main_process_port": launcher.port or USUAL_PORT}
+    said |= {"same_network": True, "rdzv_backend": "static"}
+    if launcher.engine.startswith(("ZeRO", "DeepSpeed")):
+        said["deepspeed_multinode_launcher"] = "standard"
+    return said
 
 
 def torchrun_line(recipe_path: str, overrides: list[str], flags: list[str], *, launcher: Launcher) -> list[str]:

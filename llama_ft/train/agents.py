@@ -95,7 +95,7 @@ def start(module: str, arguments: list[str]) -> None:
 def meet(address: str, port: int, machine: int, machines: int, seconds: float) -> None:
     """Returns when the launchers of all machines are here, and leaves the port free for the run itself.
 
-    MachineFault that names the missing ones after `seconds`, on every machine that came.
+    MachineFault that names the missing ones after `seconds`, on every machine that came; or that machine 0 was lost.
     """
     from torch.distributed import DistError, TCPStore
 
@@ -129,7 +129,11 @@ def meet(address: str, port: int, machine: int, machines: int, seconds: float) -
         while machine == 0 and store.add("heard", 0) < len(came) and time.monotonic() < until:
             time.sleep(0.05)
     except DistError:
-        raise _missing([0], {}, address, port, seconds) from None
+        raise MachineFault(
+            f"machine 0 ({address}:{port}) was lost while the launchers met",
+            where=f"machine {machine} ({socket.gethostname()})",
+            hint="nothing is lost, start the same command again on every machine",
+        ) from None
     if missing:
         raise _missing(missing, came, address, port, seconds)
 

@@ -54,10 +54,13 @@ def check_same_data(lock: dict[str, Any], hashes: dict[str, Any], run: Run) -> N
 
 
 def check_same_everywhere(hashes: list[dict[str, Any]]) -> None:
-    """Refuses processes that read other rows, another template or tokenizer than the first; `hashes`: of each rank."""
+    """Refuses processes that read other rows, another template or tokenizer than the first; `hashes`: of each rank.
+
+    The same rows in another order of sources are others: a step would not hold the same documents.
+    """
     problems = []
     for rank, other in enumerate(hashes):
-        differing = differing_parts(hashes[0], other)
+        differing = differing_parts(hashes[0], other, ordered=True)
         if differing:
             what = f"{' and '.join(differing)} differ from those of rank 0: a step would not hold its documents"
             problems.append(Problem(what, f"rank {rank}", "data", "copy the files to every machine, or share them"))
@@ -65,14 +68,20 @@ def check_same_everywhere(hashes: list[dict[str, Any]]) -> None:
         raise UserError(problems)
 
 
-def differing_parts(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What of rows, template and tokenizer is another, in words. A file that only moved is the same data."""
+def differing_parts(one: dict[str, Any], other: dict[str, Any], *, ordered: bool = False) -> list[str]:
+    """What of rows, template and tokenizer is another, in words. A file that only moved is the same data.
+
+    ordered: sources in another order are other rows.
+    """
     parts = {"data": "the rows", "template": "the template", "tokenizer": "the tokenizer"}
-    return [said for name, said in parts.items() if _contents(one.get(name)) != _contents(other[name])]
+    pairs = {said: (_contents(one.get(name), ordered), _contents(other[name], ordered)) for name, said in parts.items()}
+    return [said for said, (mine, theirs) in pairs.items() if mine != theirs]
 
 
-def _contents(hashes: Any) -> Any:
-    return sorted(hashes.values()) if isinstance(hashes, dict) else hashes
+def _contents(hashes: Any, ordered: bool) -> Any:
+    if not isinstance(hashes, dict):
+        return hashes
+    return list(hashes.values()) if ordered else sorted(hashes.values())
 
 
 def clear_run_folder(run: Run) -> None:

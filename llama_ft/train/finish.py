@@ -76,7 +76,7 @@ def whole_model(trainer: LlamaTrainer, start: Start, compute: torch.dtype, sampl
     unset_hf_deepspeed_config()  # transformers would cut up what is loaded from here on
     model: Any = load_for_training(start.base, torch.device("cpu"), str(compute).removeprefix("torch.")).model
     model.to(pick_device(model))
-    if start.step is None:
+    if samples.lacks("before"):  # a run that was stopped on its way here may have asked already
         samples.answer(model, "before")
     model.load_state_dict(weights)
     model.eval()

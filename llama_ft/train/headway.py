@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 READING, FORWARD, BACKWARD, ENDED, ASKED = range(5)
-"""The order of things within a step; ASKED is what comes between two: evaluations and answers."""
+"""The order of things within a pass; ASKED is what comes between two: evaluations and answers."""
 
 
 class Headway:
@@ -49,12 +49,13 @@ class Headway:
             self.move(before)
 
     def note(self) -> dict[str, Any]:
-        """As the others read it. `place` orders processes by how far they are."""
+        """As the others read it. `place` orders processes by how far they are: a step has many passes, a pass several
+        phases."""
         return {
             "count": self.count,
             "doing": self.doing,
             "step": self.step,
-            "place": [self.step, self.phase, self.pass_, exchanges()],
+            "place": [self.step, self.pass_, self.phase, exchanges()],
             "limit": 0 if self.paused else self.limit,
         }
 

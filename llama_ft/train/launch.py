@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from llama_ft.errors import Problem, UserError
-from llama_ft.plan.launch_line import USUAL_PORT, accelerate_line, shown_line, torchrun_line
+from llama_ft.plan.launch_line import USUAL_PORT, accelerate_line, meeting_options, shown_line, torchrun_line
 from llama_ft.recipe import resolve
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.schema import Recipe
@@ -50,9 +50,18 @@ class Machines:
             "processes": self.processes,
         }
         whole = replace(launcher, **{name: value for name, value in said.items() if value is not None})
-        if whole.machines == 1:
-            return whole
         problems = []
+        if whole.machines == 1:
+            hint = "--num-machines or NUM_MACHINES: how many machines train; leave the rest out for one"
+            if whole.machine_rank:
+                what = f"this is machine {whole.machine_rank}, and the launch config is for one machine"
+                problems.append(Problem(what, None, "machine_rank", hint))
+            if self.address is not None:
+                what = f"one machine meets nobody at {self.address}, and the launch config is for one"
+                problems.append(Problem(what, None, "main_process_ip", hint))
+            if problems:  # each machine would train alone, all of them into one folder
+                raise UserError(problems)
+            return whole
         if whole.address is None:
             hint = "--main-process-ip or MAIN_PROCESS_IP: an address of the machine of rank 0 that all others reach"
             problems.append(Problem("nothing says where the machines meet", None, "main_process_ip", hint))
@@ -96,7 +105,7 @@ def launch_command(
         config=resolved.recipe.launch,
         use_cpu=launcher.use_cpu,
         processes=machines.processes,
-        machines=machines.options,
+        machines={**machines.options, **meeting_options(launcher)},
     )
 
 

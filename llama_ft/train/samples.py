@@ -55,6 +55,10 @@ class Samples:
                 record[when] = answer
         write_json(self.run.samples_file, records)
 
+    def lacks(self, when: str) -> bool:
+        """Whether the file has no answers of a moment, `before` or `after`."""
+        return any(when not in record for record in self._records())
+
     # Not inference mode: what is made in it, and kept by the model, could not be used in a backward pass.
     @torch.no_grad()
     def _generate(self, model: Any, new_tokens: int) -> list[str]:

@@ -106,7 +106,7 @@ def standing(alive: dict[int, Seen], still: float, company: Company, run: Run) -
     places = {rank: one.beat["place"] for rank, one in alive.items()}
     least, most = min(places.values()), max(places.values())
     clock = time.strftime("%H:%M:%S", time.localtime(time.time() - still))
-    step = least[0] + (least[1] >= ENDED)  # the one that is not done
+    step = least[0] + (least[2] >= ENDED)  # the one that is not done
     folder = run.path / "faults" / f"hang-step-{step}"
     kept = f"the stacks of every process and the documents it held: {folder}"
     if least == most:

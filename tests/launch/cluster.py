@@ -95,8 +95,16 @@ class Cluster:
         raise AssertionError(f"job {job} is {self.state(job)} after {seconds} s, not {states}")
 
     def begin_now(self, job: str) -> None:
-        """A job that was queued again waits two minutes before it starts, so that its nodes are free."""
+        """A job that was queued again waits two minutes before it starts, so that its nodes have done with it.
+
+        A node refuses credentials that are not younger than the end of the job there, to the second.
+        """
         self.until(job, "PENDING")
+        for _ in range(120):
+            if set(self.run("sinfo", "--noheader", "--format=%T").split()) == {"idle"}:
+                break
+            time.sleep(0.5)
+        time.sleep(2)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def start(self, *command: str) -> None:

@@ -198,6 +198,7 @@ def test_every_card_has_a_name_in_skypilot():
     assert set(SKYPILOT_NAMES) == set(CARDS)
 
 
+ONE_NODE = {"hardware": "8xH100-80GB"}
 WRONG = [
     ({"on": "slrum"}, "slurm"),
     ({"on": "slurm", "nodes": 3, "hardware": "8xH100-80GB"}, "global_batch 128 cannot be split into 24"),
@@ -211,6 +212,14 @@ WRONG = [
     ({"on": "skypilot", "nodes": 2, "hardware": "8xH100-80GB", "storage": "s3://mine"}, "sky volumes apply"),
     ({"on": "slurm", "recipe": "quickstart", "nodes": 2}, "cpu_ddp_2.yaml"),
     ({"on": "slurm", "hardware": "8xH100-80GB", "overrides": ["training.global_batch=0"]}, "global_batch"),
+    ({**ONE_NODE, "on": "kubernetes", "overrides": ["output_dir=/data/run"]}, "output_dir: /data/run would not lie on"),
+    ({**ONE_NODE, "on": "skypilot", "overrides": ["output_dir=/data/run"]}, "output_dir: /data/run would not lie on"),
+    ({**ONE_NODE, "on": "kubernetes", "overrides": ["output_dir=runs/../../x"]}, "output_dir: runs/../../x would not"),
+    ({**ONE_NODE, "on": "skypilot", "overrides": ["output_dir=../x"]}, "output_dir: ../x would not lie on"),
+    ({**ONE_NODE, "on": "slurm", "storage": "disk"}, "--storage: a job of slurm takes none"),
+    ({**ONE_NODE, "on": "slurm", "image": "me/llama-ft"}, "--image: a job of slurm takes none"),
+    ({**ONE_NODE, "on": "skypilot", "image": "me/llama-ft"}, "it is for kubernetes"),
+    ({**ONE_NODE, "on": "slurm", "out": Path()}, "--out: is a folder"),
 ]
 
 
@@ -221,3 +230,35 @@ def test_mistakes_are_said(keys, said):
     with pytest.raises(UserError) as error:
         launch_recipe(recipe, overrides, dry_run=True, **keys)
     assert said in error.value.block()
+
+
+def test_a_folder_of_the_shared_disk_may_be_named_whole(written):
+    for on in ("skypilot", "kubernetes"):
+        text, _ = written(on, FULL, "output_dir=/shared/mine/../x", nodes=1, hardware="8xH100-80GB")
+        assert "run_folder=/shared/mine/../x" in text
+
+
+def test_nodes_are_the_machines_of_the_launch_config():
+    job = make_job(FULL, ["launch=accelerate_configs/multi_node.yaml"])
+    assert (job.nodes, job.per_node, job.processes) == (2, 8, 16)
+    job = make_job(FULL, ["launch=accelerate_configs/multi_node.yaml"], hardware="4xH100-80GB")
+    assert (job.nodes, job.per_node) == (2, 4)
+    assert make_job(FULL, [], hardware="8xH100-80GB").nodes == 1
+
+
+def test_multi_cpu_is_refused(tmp_path):
+    """accelerate starts one process of it, and here no torchrun takes its place."""
+    config = tmp_path / "launch.yaml"
+    config.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\n")
+    with pytest.raises(UserError, match="MULTI_CPU") as error:
+        make_job("quickstart", [f"launch={config}"])
+    assert "accelerate_configs/cpu_ddp_2.yaml" in error.value.block()
+
+
+def test_the_head_says_what_was_said(written):
+    keys = {"nodes": 1, "hardware": "8xH100-80GB", "storage": "my-claim", "image": "me/llama-ft:1"}
+    text, _ = written("kubernetes", **keys)
+    assert text.startswith(
+        f"# Written by: llama-ft launch {FULL} --on kubernetes --nodes 1 --hardware 8xH100-80GB "
+        "--storage my-claim --image me/llama-ft:1\n"
+    )

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 
+import psutil
 import pytest
 
-from benchmarks.exchange import Setting, measured, namespaces_allowed
+from benchmarks import scaling
+from benchmarks.exchange import Setting, measured, namespaces_allowed, run_whole
 from llama_ft.llama.shapes import PRESETS
 from llama_ft.plan.commands import plan_recipe
 from llama_ft.plan.communication import exchange, whole_pass
 from llama_ft.plan.engine import Engine
+from llama_ft.train import lock
 from tests.plan.conftest import case
 
 EIGHT, ONE = PRESETS["llama-3.1-8b"], PRESETS["llama-3.2-1b"]
@@ -132,3 +140,39 @@ def test_plan_tells_it(capsys):
     assert told["sent"] == told["reduced"] + told["gathered"] > told["reduced"] > told["host"] == 0
     plan_recipe("guanaco/llama-7b-qlora", [], hardware="4090")
     assert "exchange" not in capsys.readouterr().out
+
+
+def test_nothing_is_left_of_processes_that_take_too_long(tmp_path):
+    """A worker is in a session of its own, as torchrun's are."""
+    inner = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    outer = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], start_new_session=True)"
+    command = [sys.executable, "-c", outer, "-c", inner, str(tmp_path / "pid")]
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_whole(command, dict(os.environ), 5)
+    assert ended(int((tmp_path / "pid").read_text()))
+
+
+def ended(pid: int, seconds: float = 10) -> bool:
+    """Whether a process comes to its end; one that nobody reaps, as in a container, has ended too."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_scaling_is_measured_without_deepspeed(monkeypatch):
+    def version(name: str) -> str:
+        if name == "deepspeed":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(lock, "version", version)
+    assert scaling.machine()["versions"] == {
+        **dict.fromkeys(("torch", "transformers", "trl", "peft", "accelerate"), "1"),
+        "deepspeed": "absent",
+    }

@@ -9,7 +9,7 @@ import pytest
 
 from llama_ft.errors import UserError
 from llama_ft.recipe.run import Run
-from llama_ft.train.checks import check_same_everywhere, check_writable
+from llama_ft.train.checks import check_same_everywhere, check_writable, differing_parts
 
 
 def test_many_processes_look_whether_the_folder_can_be_written_to(tmp_path: Path) -> None:
@@ -30,3 +30,12 @@ def test_a_process_that_reads_other_rows_is_named():
         ("rank 1", "the rows"),
         ("rank 2", "the template"),
     ]
+
+
+def test_a_process_whose_sources_are_swapped_is_named():
+    """A resumed run may find a file under another name; processes of one step may not have another order."""
+    first = {"data": {"/a.jsonl": "a1", "/b.jsonl": "b1"}, "template": "t", "tokenizer": "k"}
+    swapped = first | {"data": {"/a.jsonl": "b1", "/b.jsonl": "a1"}}
+    assert differing_parts(first, swapped) == []
+    with pytest.raises(UserError, match="the rows differ from those of rank 0"):
+        check_same_everywhere([first, swapped])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from llama_ft import load_recipe
 from llama_ft.errors import MachineFault, UserError
@@ -161,14 +162,36 @@ def test_machines_are_said_beside_the_config():
         several(rank=2, address="10.0.0.1")
     with pytest.raises(UserError, match="16 processes cannot be shared by 3 machines"):
         several(rank=2, address="10.0.0.1", machines=3)
+    alone = Launcher(False, 8, "FSDP2")
+    for said, what in (({"rank": 1}, "this is machine 1"), ({"address": "10.0.0.1"}, "meets nobody at 10.0.0.1")):
+        with pytest.raises(UserError, match=what) as error:  # two of them would train alone into one folder
+            Machines(**said).over(alone)
+        assert "--num-machines" in error.value.block()
+    assert Machines(rank=0, port=29511).over(alone).port == 29511
 
 
-def test_the_line_of_several_machines():
-    config = "accelerate_configs/multi_node.yaml"
-    line = launch_command("quickstart", [f"launch={config}"], [], Machines(1, "10.0.0.1", machines=4, processes=32))
+@pytest.mark.parametrize("port", [None, 29511])
+@pytest.mark.parametrize("config", ["multi_node", "fsdp2", "zero3"])
+def test_the_line_of_several_machines(config, port):
+    """As accelerate itself reads it: a config of one machine says port 0, which would be another on each."""
+    overrides = [f"launch=accelerate_configs/{config}.yaml"]
+    line = launch_command("quickstart", overrides, [], Machines(1, "10.0.0.1", port, machines=4, processes=32))
     for option, value in (("machine_rank", "1"), ("main_process_ip", "10.0.0.1"), ("num_machines", "4")):
         assert line[line.index(f"--{option}") + 1] == value
     assert line[line.index("--num_processes") + 1] == "32"
+    assert line.count("--main_process_port") == 1
+    read, _, _ = _validate_launch_command(launch_command_parser().parse_args(line[4:]))
+    assert (read.main_process_port, read.rdzv_backend, read.same_network) == (port or 29500, "static", True)
+    assert read.deepspeed_multinode_launcher == ("standard" if config == "zero3" else None)
+    assert read.training_script == "llama_ft.train"
+    where = f"--meet=10.0.0.1:{port or 29500}"
+    launcher = Machines(1, "10.0.0.1", port, 4, 32).over(resolve("quickstart", overrides).launcher)
+    assert where in meeting(launcher, load_recipe("quickstart"))
+
+
+def test_one_machine_says_no_port():
+    line = launch_command("quickstart", ["launch=accelerate_configs/fsdp2.yaml"], [])
+    assert not {"--main_process_port", "--same_network", "--rdzv_backend"} & set(line)
 
 
 def test_a_port_in_use_is_said_before_anything_starts(taken):
@@ -225,6 +248,26 @@ def test_a_machine_that_does_not_come_is_named_on_all_others(come, missing):
         assert block is not None and f"machine {missing} did not come within 3 s" in block
         if missing:
             assert f"these came: machine 0 ({HOST}), machine 2 ({HOST})" in block
+
+
+def test_a_machine_0_that_comes_and_dies_is_lost():
+    """It is not said to have stayed away."""
+    port = free_port()
+    code = (
+        "import os, time, torch.distributed as dist\n"
+        f"store = dist.TCPStore('127.0.0.1', {port}, is_master=True, wait_for_workers=False)\n"
+        "while not store.check(['machine/1']): time.sleep(0.05)\n"
+        "os._exit(9)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        with pytest.raises(MachineFault) as fault:
+            meet("127.0.0.1", port, 1, 2, 60)
+    finally:
+        other.kill()
+        other.wait()
+    assert f"machine 0 (127.0.0.1:{port}) was lost while the launchers met" in fault.value.block()
+    assert "did not come" not in fault.value.block()
 
 
 def test_several_cpu_processes_are_started_by_torchrun(tmp_path):

@@ -19,8 +19,9 @@ import pytest
 
 from llama_ft.recipe.run import Run
 from llama_ft.train.checkpoints import verify
+from llama_ft.train.headway import BACKWARD, FORWARD, Headway
 from llama_ft.train.join import Company
-from llama_ft.train.store import Place
+from llama_ft.train.store import Board, Place
 from llama_ft.train.verdict import GRACE, LOST, SOON, Seen, Verdict, judge
 from tests.conftest import ROOT
 from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric, train_here
@@ -135,6 +136,9 @@ def test_standing_still_may_be_allowed(ranks):
     ranks.until("step 3/")
     time.sleep(8)
     assert all(process.is_alive() for process in ranks.processes.values())
+    listener = Board(Place(2, 2, 2, "none", "none", "127.0.0.1", ranks.port, False), 5)
+    for beat in listener.get("beat/0", "beat/1"):  # nothing is written, for which there is no limit either
+        assert (beat["doing"], beat["limit"]) == ("between step 3 and the next", 0)
 
 
 def test_a_process_that_fails_is_named_by_the_others(ranks):
@@ -278,7 +282,7 @@ def test_who_left_in_order_is_not_lost(tmp_path):
 @pytest.mark.parametrize(
     ("places", "blamed", "waiting"),
     [
-        ([(5, 1, 1, 9), (4, 4, 2, 8), (5, 1, 1, 9)], "rank 1 on a", "ranks 0, 2 wait for it"),
+        ([(5, 1, 1, 9), (4, 2, 4, 8), (5, 1, 1, 9)], "rank 1 on a", "ranks 0, 2 wait for it"),
         ([(5, 1, 1, 9), (5, 1, 1, 9), (5, 1, 1, 8)], "rank 2 on b", "ranks 0-1 wait for it"),
     ],
     ids=["by its step", "by its exchanges"],
@@ -291,6 +295,24 @@ def test_who_is_behind_is_to_blame(tmp_path, places, blamed, waiting):
         assert (verdict is not None) == (second > 60), second
     assert verdict is not None and verdict.standstill == 5
     assert f"{blamed} (process" in verdict.block() and "(at x.py:1)" in verdict.block() and waiting in verdict.block()
+
+
+def test_a_backward_pass_is_behind_the_next_forward_pass(tmp_path):
+    """Of a step in two micro-batches: who waits in the second for the first is not to blame."""
+    notes = []
+    for passes in ((BACKWARD,), (BACKWARD, FORWARD), (BACKWARD, FORWARD)):
+        headway = Headway()
+        headway.move("beginning step 5", step=5)
+        for phase in passes:
+            if phase == FORWARD or not headway.pass_:
+                headway.pass_ += 1
+            headway.move("in a pass", phase=phase)
+        notes.append(headway.note() | {"limit": 60.0})
+    everyone = Everyone(tmp_path)
+    for second in range(0, 90, 10):
+        verdict = everyone.after(10, *({"number": second + 1, **note} for note in notes))
+    assert verdict is not None and "rank 0 on a (process 10) stands still" in verdict.block()
+    assert "ranks 1-2 wait for it" in verdict.block() and verdict.standstill == 5
 
 
 def test_nobody_is_blamed_where_none_is_behind_and_nobody_while_one_writes(tmp_path):

@@ -50,7 +50,7 @@ def load_weights(parts: Parts, model: Any, folder: Path) -> None:
         with safe_open(entry.file, framework="pt") as source:
             return source.get_tensor(names[name])
 
-    put_weights(parts, model, read)
+    put_weights(parts, model, read, where=str(folder))
 
 
 def save_optimizer(trainer: Any, folder: Path) -> None:

@@ -29,10 +29,19 @@ class Fsdp2:
         return {key: whole(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
 
     def put_state(self, parameter: nn.Parameter, whole: State) -> None:
-        self.optimizer.state[parameter] = {
-            key: cut_like(parameter, value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
-            for key, value in whole.items()
-        }
+        self.optimizer.state[parameter] = {key: self._placed(parameter, key, value) for key, value in whole.items()}
+
+    def _placed(self, parameter: nn.Parameter, key: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            return cut_like(parameter, value)
+        if key == "step" and self._kernel_counts(parameter):
+            return torch.as_tensor(value, dtype=torch.float32, device=local_of(parameter).device)
+        return value
+
+    def _kernel_counts(self, parameter: nn.Parameter) -> bool:
+        """Whether the steps are read where the weight lies, as torch's own load_state_dict has it."""
+        group = next((one for one in self.groups() if any(each is parameter for each in one["params"])), {})
+        return bool(group.get("fused") or group.get("capturable"))
 
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups

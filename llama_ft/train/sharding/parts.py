@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llama_ft.errors import MachineFault
+
 OWN = ("params", "fused", "foreach", "capturable")
 """What an optimizer's groups hold that belongs to the engine which steps them."""
 State = dict[str, Any]
@@ -116,12 +118,22 @@ def _kept(value: Any) -> Any:
 
 
 @torch.no_grad()
-def put_weights(parts: Parts, model: nn.Module, read: Callable[[str], Tensor | None]) -> None:
-    """Puts back every weight of which `read(name)` knows the whole."""
+def put_weights(parts: Parts, model: nn.Module, read: Callable[[str], Tensor | None], *, where: str) -> None:
+    """Puts back every weight of which `read(name)` knows the whole. MachineFault for a trained one that it lacks.
+
+    where: what is read, for the message.
+    """
     for name, parameter in named_parameters(model):
         whole = read(name)
         if whole is not None:
             parts.put_weight(parameter, whole)
+        elif parameter.requires_grad:
+            # It would go on from its first values, as if it had never been trained.
+            raise MachineFault(
+                f"the checkpoint does not hold {name}, which is trained",
+                where=where,
+                hint="remove this checkpoint, so that --resume takes the one before it",
+            )
 
 
 @torch.no_grad()
