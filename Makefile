@@ -23,6 +23,12 @@ model: $(READY)
 quickstart: model
 	$(BIN)/llama-ft train quickstart --overwrite
 
+# Llama-2-Chat's whole chain on the laptop (docs/alignment.md), on rows such as HH-RLHF's harmless-base/test.jsonl.gz.
+OUT ?= runs/align
+.PHONY: align
+align: model
+	$(BIN)/python -m benchmarks.align $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
+
 # Two processes, a core each (tests/conftest.py); tests that bound the time of a start follow with the machine alone.
 QUICK  := not slow and not gpu and not peers
 test: model

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llama_ft.errors import user_facing
+from llama_ft.imports import for_good
 from llama_ft.launch.verb import launch
 
 app = typer.Typer(
@@ -248,7 +249,8 @@ def rerun(
 def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], debug: Debug = False) -> None:
     """Merge a run's adapter into its base and prove the result equal to what was trained."""
     with user_facing(debug=debug):
-        from llama_ft.export.run import export_run
+        with for_good():
+            from llama_ft.export.run import export_run
 
         export_run(run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """The same for JSON, indented, non-ASCII as it is."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def keep_lines(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves those lines of a file of JSON objects that `kept` says; a cut last line, of a killed run, goes."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if kept(record):
+            lines.append(line)
+    write_text(path, "".join(f"{line}\n" for line in lines))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+from llama_ft.imports import for_good
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None and hasattr(os, "sched_setaffinity"):
@@ -20,6 +22,13 @@ if WORKER is not None and hasattr(os, "sched_setaffinity"):
 
 ROOT = Path(__file__).resolve().parent.parent
 USERS_CACHE = os.environ.get("LLAMA_FT_CACHE")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The tests' own imports, of which no test gets rid, are kept out of every round of the collector that follows."""
+    with for_good():
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

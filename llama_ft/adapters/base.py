@@ -10,16 +10,18 @@ from llama_ft.adapters.quantised import load_quantised
 from llama_ft.llama.init import resize_embeddings
 from llama_ft.llama.load import DTYPES, load_model
 from llama_ft.llama.model import LlamaForCausalLM
+from llama_ft.llama.reward import LlamaForSequenceClassification, as_reward_model
 from llama_ft.recipe.schema import Recipe
 
 
 def load_base(
     folder: Path, recipe: Recipe, compute: torch.dtype, device: torch.device, *, rows: int = 0
-) -> LlamaForCausalLM:
+) -> LlamaForCausalLM | LlamaForSequenceClassification:
     """Our LLaMA with the folder's weights, rounded to `model.dtype` and held in `compute`; all of it float32 for full
     tuning; its projections quantised on `device` for qlora.
 
-    rows: size of the vocabulary, where it is larger than the base's.
+    rows: size of the vocabulary, where it is larger than the base's. objective reward puts a score, drawn by the
+    training's seed and in float32, in the place of the head.
     """
     scaling, max_length = recipe.model.rope_scaling, recipe.sequence.max_length
     dtype = torch.float32 if recipe.adapter.method == "full" else DTYPES[recipe.model.dtype]
@@ -37,4 +39,4 @@ def load_base(
         model = load_model(folder, dtype, compute_dtype=compute, rope_scaling=scaling, max_length=max_length)
     if rows > model.config.vocab_size:
         resize_embeddings(model, rows)
-    return model
+    return as_reward_model(model, recipe.training.seed) if recipe.training.objective == "reward" else model

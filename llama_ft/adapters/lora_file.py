@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_ft.errors import Problem, UserError
+from llama_ft.llama.reward import SCORE
 
 # What may be said in adapter_config.json without changing the formula. Every other entry must be empty: a variant that
 # a later PEFT invents is refused too, instead of being merged as if it were plain LoRA.
@@ -45,6 +46,11 @@ class LoraFile:
     sha256: str
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> bool:
+        """Whether it makes a reward model of its base: a score was trained whole."""
+        return SCORE in self.whole
 
     @property
     def tensors(self) -> int:

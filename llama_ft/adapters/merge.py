@@ -2,8 +2,9 @@
 
 W is the weight the adapter was trained on: the base's, rounded to the recipe's dtype, and for QLoRA what its 4 or 8
 bits make of it. DoRA gives each row of the sum its trained length (arXiv 2402.09353, equation 5). All is computed in
-float32 and rounded once, to the export's dtype. Weights that were trained whole replace the base's. Whatever these
-formulas do not cover (trained biases, other bases) is refused by name.
+float32 and rounded once, to the export's dtype. Weights that were trained whole replace the base's; a reward model's
+score, which its base does not have, stands in the place of the head. Whatever these formulas do not cover (trained
+biases, other bases) is refused by name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from llama_ft.adapters.quantised import is_projection
 from llama_ft.errors import MachineFault, Problem, UserError
 from llama_ft.files import publish
 from llama_ft.llama.checkpoints.shards import SHARD_BYTES, Stored, stored_tensors, total_bytes, write_model
+from llama_ft.llama.reward import SCORE
 
 _SHOWN = 4
 
@@ -56,19 +58,24 @@ def merge_adapter(
     for an adapter that does not fit this base or a value that is not finite, MachineFault when the disk is full
     (nothing is left behind then).
     """
-    stored = {name: entry for name, entry in stored_tensors(base).items() if not _skipped(name, base)}
+    scores = adapter is not None and adapter.scores
+    tied = _tied(base) and not scores
+    headless = tied or scores
+    stored = {name: entry for name, entry in stored_tensors(base).items() if not _skipped(name, headless=headless)}
     whole = adapter.whole if adapter is not None else {}
     if adapter is not None:
-        _check_fit(adapter, stored, tied=_tied(base))
+        _check_fit(adapter, stored, tied=tied)
     # A vocabulary that has grown is in the weights that were trained whole.
     shapes = {name: tuple(whole[name].shape) if name in whole else entry.shape for name, entry in stored.items()}
+    if SCORE in whole:
+        shapes[SCORE] = tuple(whole[SCORE].shape)
     size = total_bytes(shapes, dtype)
     check_space(out.parent, size)
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        tensors = _merged_tensors(stored, adapter, base_dtype, dtype, requantise)
+        tensors = _merged_tensors(shapes, stored, adapter, base_dtype, dtype, requantise)
         write_model(aside, shapes, dtype, tensors, shard_bytes)
         publish(aside, out)
     except OSError as error:
@@ -77,12 +84,12 @@ def merge_adapter(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return Merged(out, len(stored), len(adapter.factors) if adapter else 0, size)
+    return Merged(out, len(shapes), len(adapter.factors) if adapter else 0, size)
 
 
-def _skipped(name: str, base: Path) -> bool:
-    """Tensors that a merged model does not hold: old files' rotary tables, and a head that is the embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and _tied(base))
+def _skipped(name: str, *, headless: bool) -> bool:
+    """Tensors that a merged model does not hold: old files' rotary tables, and a head that is the embedding or gone."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and headless)
 
 
 def _tied(base: Path) -> bool:
@@ -99,7 +106,12 @@ def _check_fit(adapter: LoraFile, stored: dict[str, Stored], *, tied: bool) -> N
         elif stored[name].shape != want:
             problems.append(Problem(f"{name} is {list(stored[name].shape)} in the base, {list(want)} in the adapter"))
     for name, weight in adapter.whole.items():
-        if name == "lm_head.weight" and tied:
+        if name == SCORE:  # the base writes text and has none
+            norm = stored.get("model.norm.weight")
+            if norm is not None and weight.shape != (1, *norm.shape):
+                found = f"{list(weight.shape)} in the adapter, the base's hidden states are {norm.shape[0]} wide"
+                problems.append(Problem(f"{name} is {found}"))
+        elif name == "lm_head.weight" and tied:
             if not torch.equal(weight, adapter.whole.get("model.embed_tokens.weight", weight)):
                 problems.append(Problem("the base's head is its embedding, and the adapter holds two different ones"))
         elif name not in stored:
@@ -116,17 +128,18 @@ def _check_fit(adapter: LoraFile, stored: dict[str, Stored], *, tied: bool) -> N
 
 
 def _merged_tensors(
+    names: Iterable[str],
     stored: dict[str, Stored],
     adapter: LoraFile | None,
     base_dtype: torch.dtype,
     dtype: torch.dtype,
     requantise: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, entry in stored.items():
+    for name in names:
         if adapter is not None and name in adapter.whole:
             weight = adapter.whole[name]
         else:
-            with safe_open(entry.file, framework="pt") as source:
+            with safe_open(stored[name].file, framework="pt") as source:
                 weight = source.get_tensor(name)
             if not weight.is_floating_point():
                 raise UserError(

@@ -10,13 +10,14 @@ from llama_ft.recipe.check_adapter import matched
 from llama_ft.recipe.schema import Adapter
 
 
-def trained_weights(shape: Shape, adapter: Adapter, *, new_tokens: bool = False) -> int:
+def trained_weights(shape: Shape, adapter: Adapter, *, new_tokens: bool = False, reward: bool = False) -> int:
     """Weights that training changes: factors, DoRA's lengths, and what is trained whole.
 
     Σ r·(in + out) over the targets (arXiv 2106.09685), and one length per output row for DoRA (arXiv 2402.09353).
+    reward: a score stands in the place of the head.
     """
     factors = sum(adapter.r * (out + into) + (out if adapter.dora else 0) for out, into in target_sizes(shape, adapter))
-    return factors + sum(map(prod, whole_sizes(shape, adapter, new_tokens=new_tokens)))
+    return factors + sum(map(prod, whole_sizes(shape, adapter, new_tokens=new_tokens, reward=reward)))
 
 
 def target_sizes(shape: Shape, adapter: Adapter) -> list[tuple[int, int]]:
@@ -26,19 +27,23 @@ def target_sizes(shape: Shape, adapter: Adapter) -> list[tuple[int, int]]:
     return [shape.projections[name.rpartition(".")[2]] for name in matched(adapter.targets, shape.layers)]
 
 
-def whole_sizes(shape: Shape, adapter: Adapter, *, new_tokens: bool = False) -> list[tuple[int, ...]]:
-    """Shapes of the base's own weights that are trained: all, less `freeze`; or `modules_to_save` beside an adapter.
+def whole_sizes(
+    shape: Shape, adapter: Adapter, *, new_tokens: bool = False, reward: bool = False
+) -> list[tuple[int, ...]]:
+    """Shapes of the weights that are trained themselves: all, less `freeze`; or `modules_to_save` beside an adapter.
 
     new_tokens: the tokenizer has more tokens than the base, so embedding and head are. A tied head is the embedding.
+    reward: there is no head but a score, which is trained in any case.
     """
     if adapter.method == "full":
-        return [size for name, size in weight_names(shape).items() if not is_frozen(name, adapter)]
+        return [size for name, size in weight_names(shape, reward=reward).items() if not is_frozen(name, adapter)]
     saved = {*adapter.modules_to_save, *(("embed_tokens", "lm_head") if new_tokens else ())}
-    tables = len(saved & {"embed_tokens", "lm_head"})
+    tables = len(saved & ({"embed_tokens"} if reward else {"embed_tokens", "lm_head"}))
     if shape.tied:
         tables = min(1, tables)
     norms = 2 * shape.layers + 1 if "norms" in saved else 0
-    return [*[(shape.vocabulary, shape.hidden)] * tables, *[(shape.hidden,)] * norms]
+    score = [(1, shape.hidden)] if reward else []
+    return [*[(shape.vocabulary, shape.hidden)] * tables, *[(shape.hidden,)] * norms, *score]
 
 
 def is_frozen(name: str, adapter: Adapter) -> bool:
@@ -46,8 +51,11 @@ def is_frozen(name: str, adapter: Adapter) -> bool:
     return any(re.search(pattern, name) for pattern in adapter.freeze)
 
 
-def weight_names(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every weight of a LLaMA by Hugging Face's name, with its shape; a tied head is the embedding."""
+def weight_names(shape: Shape, *, reward: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every weight of a LLaMA by Hugging Face's name, with its shape; a tied head is the embedding.
+
+    reward: of a reward model, which has a score in the head's place.
+    """
     names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     for layer in range(shape.layers):
         place = f"model.layers.{layer}"
@@ -60,6 +68,8 @@ def weight_names(shape: Shape) -> dict[str, tuple[int, ...]]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             names[f"{place}.{norm}.weight"] = (shape.hidden,)
     names["model.norm.weight"] = (shape.hidden,)
-    if not shape.tied:
+    if reward:
+        names["score.weight"] = (1, shape.hidden)
+    elif not shape.tied:
         names["lm_head.weight"] = (shape.vocabulary, shape.hidden)
     return names

@@ -1,6 +1,6 @@
 """Documents to micro-batches: laid end to end without padding, or padded on the right.
 
-The one module of `data` that needs torch; only the trainer imports it.
+This module and `ends`, which lays out answers, are those of `data` that need torch; only the trainer imports them.
 """
 
 from __future__ import annotations
@@ -93,13 +93,17 @@ def labelled_tokens(batch: Mapping[str, torch.Tensor]) -> int:
     return int((batch["labels"][:, 1:] != MASKED).sum())
 
 
+def arrays(document: Document, ids: str = "input_ids", labels: str = "labels") -> tuple[np.ndarray, np.ndarray]:
+    """Fresh int64 arrays of a document's columns `ids` and `labels`. Raises ValueError for an empty or uneven one."""
+    tokens, targets = (np.array(document[column], dtype=np.int64) for column in (ids, labels))
+    if not len(tokens) or len(tokens) != len(targets):
+        raise ValueError(f"a document has {len(tokens)} ids and {len(targets)} labels")
+    return tokens, targets
+
+
 def _arrays(documents: Sequence[Document]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Fresh int64 arrays of ids and labels. Raises ValueError for no documents, or an empty or uneven one."""
+    """Those of several documents. Raises ValueError for none."""
     if not documents:
         raise ValueError("a batch needs at least one document")
-    ids = [np.array(document["input_ids"], dtype=np.int64) for document in documents]
-    labels = [np.array(document["labels"], dtype=np.int64) for document in documents]
-    for tokens, targets in zip(ids, labels, strict=True):
-        if not len(tokens) or len(tokens) != len(targets):
-            raise ValueError(f"a document has {len(tokens)} ids and {len(targets)} labels")
-    return ids, labels
+    found = [arrays(document) for document in documents]
+    return [tokens for tokens, _ in found], [targets for _, targets in found]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llama_ft.data.benchmarks import Leak, overlap_indexes
-from llama_ft.data.chunks import Chunk, ChunkMaker, schema_of
+from llama_ft.data.chunks import MESSAGES, Chunk, ChunkMaker, schema_of
 from llama_ft.data.copies import CopyIndex
 from llama_ft.data.documents import DocumentMaker
 from llama_ft.data.preflight import Findings, check_template
@@ -39,6 +39,7 @@ class Job:
     """What to prepare. `evaluation` is None (no evaluation), a share to hold out, or opened sources.
 
     `vocabulary`: rows of the embedding that will be trained, if known. `benchmarks`: opened sources of prompts.
+    `keep_messages`: documents also say what was said in them, for objectives that ask their questions again.
     """
 
     train: list[Source]
@@ -50,6 +51,7 @@ class Job:
     infilling: Infilling | None = None
     benchmarks: list[Source] = field(default_factory=list)
     vocabulary: int | None = None
+    keep_messages: bool = False
 
     @property
     def sources(self) -> list[Source]:
@@ -81,7 +83,7 @@ def build(job: Job, folder: Path, progress: Progress | None = None, processes: i
         job.seed,
         job.vocabulary,
         near=job.mixture.dedupe == "near",
-        keep_messages=job.evaluation is not None,
+        keep_messages=job.keep_messages or job.evaluation is not None,
         overlaps=overlap_indexes(job.benchmarks, job.held_out, decontaminate=job.mixture.decontaminate),
     )
     with Workers(chunks, job.sources, processes) as workers:
@@ -130,7 +132,7 @@ class _Run:
         """Evaluation sources to their file, their conversations beside it; what they say is remembered."""
         if not isinstance(self.job.evaluation, list):
             return
-        schema = schema_of(self.job.evaluation)
+        schema = schema_of(self.job.evaluation, messages=self.job.keep_messages)
         with DocumentWriter(self.folder / EVAL, schema) as writer, (self.folder / CONVERSATIONS).open("w") as spoken:
             for place, source in enumerate(self.job.evaluation):
                 number = len(self.job.train) + place
@@ -143,9 +145,9 @@ class _Run:
     def train(self, workers: Workers) -> None:
         """Training sources to their file, or to candidates that a holdout is then drawn from."""
         share = self.job.evaluation if isinstance(self.job.evaluation, float) else None
-        schema = schema_of(self.job.train)
+        schema = schema_of(self.job.train, messages=self.job.keep_messages)
         if share is not None:
-            schema = pa.schema([*schema, *(pa.field(name, kind) for name, kind in _DRAWN)])
+            schema = pa.schema([*schema, *(field for field in _DRAWN if field.name not in schema.names)])
         name = TRAIN if share is None else "candidates.arrow"
         with DocumentWriter(self.folder / name, schema) as writer:
             for number in range(len(self.job.train)):
@@ -198,7 +200,7 @@ class _Run:
         if draws and len(chosen) == len(draws):
             what = f"holding out {share:g} of {draws.total()} documents leaves none to train on"
             raise UserError(what, key="eval_data.holdout", hint="hold out less, or use more rows")
-        schema = schema_of(self.job.train)
+        schema = schema_of(self.job.train, messages=self.job.keep_messages)
         with (
             DocumentWriter(self.folder / TRAIN, schema) as train,
             DocumentWriter(self.folder / EVAL, schema) as held_out,
@@ -244,7 +246,7 @@ def _drawn(draws: Counter[bytes], share: float) -> set[bytes]:
     return chosen or {min(draws, key=lambda draw: (draws[draw], draw))} if draws else set()
 
 
-_DRAWN = (("draw", pa.binary(16)), ("truncated", pa.bool_()), ("messages", pa.string()))
+_DRAWN = (pa.field("draw", pa.binary(16)), pa.field("truncated", pa.bool_()), MESSAGES)
 
 
 def _columns(batch: pa.RecordBatch, *names: str) -> list[list[Any]]:

@@ -35,6 +35,7 @@ def cache_key(job: Job, hashes: dict[str, Any]) -> str:
         "template": [hashes["template"], job.renderer.template.name],
         "tokenizer": hashes["tokenizer"],
         "vocabulary": job.vocabulary,
+        "messages": job.keep_messages,
         "sequence": sequence.model_dump(exclude={"packing"}),
         "code": [llama_ft.__version__, _code_hash(), *map(version, ("transformers", "tokenizers", "jinja2"))],
         "near": _near_version() if mixture.dedupe == "near" else None,
@@ -50,12 +51,13 @@ def _near_version() -> str | None:
 
 
 def _code_hash() -> str:
-    """The code that makes documents; what only shows them, or cleans files before, may change."""
-    others = ("page", "cleaning", "clean.py", "commands.py", "preview.py", "show.py")
+    """The code that makes documents; what only shows them or lays them out, or cleans files before, may change."""
+    shows = ("page", "cleaning", "clean.py", "commands.py", "preview.py", "show.py")
+    lays_out = ("balance.py", "batches.py", "ends.py", "others.py")
     files = [*(PACKAGE / "data").rglob("*.py"), *(PACKAGE / "tokenizer").rglob("*.py")]
     digest = hashlib.sha256()
     for path in sorted(files):
-        if path.relative_to(PACKAGE).parts[1] not in others:
+        if path.relative_to(PACKAGE).parts[1] not in (*shows, *lays_out):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -35,6 +35,8 @@ KEPT = [
 PAIR = [pa.field("rejected_ids", IDS), pa.field("rejected_labels", IDS), pa.field("margin", pa.float32())]
 RATED = [pa.field("desirable", pa.bool_()), pa.field("rating", pa.float32())]
 _OWN = {"preference": PAIR, "rated": RATED}
+MESSAGES = pa.field("messages", pa.string())
+"""A document's conversation, as JSON."""
 # What the writer decides by, and does not write.
 NEEDED = [
     pa.field("key", pa.binary(16)),
@@ -42,14 +44,18 @@ NEEDED = [
     pa.field("truncated", pa.bool_()),
     pa.field("overlaps", pa.string()),
     pa.field("signature", pa.binary()),
-    pa.field("messages", pa.string()),
+    MESSAGES,
 ]
 
 
-def schema_of(sources: Sequence[Source]) -> pa.Schema:
-    """The columns of prepared documents: what all the sources have."""
+def schema_of(sources: Sequence[Source], *, messages: bool = False) -> pa.Schema:
+    """The columns of prepared documents: what all the sources have, and on request what was said in them.
+
+    `length` and `labelled` say what a model computes: of a pair, its prompt once and both answers, and their loss.
+    """
     layouts = {source.layout for source in sources}
-    return pa.schema(KEPT + (_OWN.get(layouts.pop(), []) if len(layouts) == 1 else []))
+    own = _OWN.get(layouts.pop(), []) if len(layouts) == 1 else []
+    return pa.schema(KEPT + own + ([MESSAGES] if messages else []))
 
 
 BARE_END = "only the end token labelled: the answer is one token with the end of its prompt"
@@ -143,14 +149,15 @@ def _muted(document: Document) -> bool:
 
 def _batch(documents: list[Document], layout: str, number: int, maker: ChunkMaker) -> pa.RecordBatch:
     count = len(documents)
+    costs = [one.cost for one in documents]
     columns: dict[str, Any] = {
         "input_ids": _lists([one.ids for one in documents]),
         "labels": _lists([one.labels for one in documents]),
         "row": [one.row for one in documents],
         "part": [one.part for one in documents],
         "source": [number] * count,
-        "length": [len(one.ids) for one in documents],
-        "labelled": [one.labelled for one in documents],
+        "length": [tokens for tokens, _ in costs],
+        "labelled": [labelled for _, labelled in costs],
         "key": [one.key for one in documents],
         "draw": [_draw(one, maker.seed) for one in documents],
         "truncated": [one.truncated for one in documents],

@@ -68,7 +68,6 @@ def _recipe_for(source: Source, entry: Data, template: str | None, tokenizer: st
         "template": template or ("alpaca" if source.layout == "alpaca" else "chatml"),
         "sequence": {
             "max_length": max_length,
-            "packing": False,
             "overlong": "split" if source.layout == "text" else "drop",
             "max_truncated": 1.0,
         },

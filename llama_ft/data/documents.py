@@ -17,7 +17,8 @@ from llama_ft.data.examples import Conversation, Example
 from llama_ft.data.infilling import Infiller
 from llama_ft.data.layouts import read_example, with_system
 from llama_ft.data.problems import Problems
-from llama_ft.data.render import MASKED, Encoded, Rendered, Renderer, Span, TemplateRefusal
+from llama_ft.data.render import Encoded, Rendered, Renderer, Span, TemplateRefusal
+from llama_ft.data.shared import in_common, labelled_of
 from llama_ft.data.sources import Source
 from llama_ft.data.split import split_conversation, split_tokens
 from llama_ft.data.template import Template
@@ -36,6 +37,8 @@ OVERLONG = "longer than max_length"
 EXCHANGE_OVERLONG = "one exchange longer than max_length"
 NO_LABEL = "no label left after truncation"
 NOTHING_LABELLED = "no labelled token"
+SAME_TOKENS = "chosen and rejected are the same tokens"
+SAME_WHEN_CUT = "chosen equals rejected within max_length"
 REFUSED = "refused by the template"
 
 # Text as pre-training writes it: BOS if the tokenizer begins texts with it, the text, the end token. SentencePiece
@@ -79,8 +82,22 @@ class Document:
 
     @property
     def labelled(self) -> int:
-        """Tokens that carry loss. The first token of a document never does: nothing predicts it."""
-        return int(np.count_nonzero(self.labels[1:] != MASKED))
+        """Tokens that carry loss, of a pair in its better answer."""
+        return labelled_of(self.labels)
+
+    @cached_property
+    def shared(self) -> int:
+        """Of a pair, the tokens at its start that are computed once for both answers; else 0."""
+        other = self.rejected
+        return 0 if other is None else in_common(self.ids, self.labels, other.ids, other.labels)
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Tokens that a model computes for it, of a pair for both answers, and how many of them carry loss."""
+        other = self.rejected
+        if other is None:
+            return len(self.ids), self.labelled
+        return len(self.ids) + len(other.ids) - self.shared, self.labelled + other.labelled
 
     @property
     def own(self) -> Example:
@@ -196,6 +213,8 @@ class DocumentMaker:
         chosen, rejected = (self._cut(_document(row, example, one)) for one in (better, worse))
         dropped = chosen.dropped or rejected.dropped
         truncated = chosen.truncated or rejected.truncated
+        if dropped is None and np.array_equal(chosen.ids, rejected.ids):
+            dropped = SAME_WHEN_CUT if truncated else SAME_TOKENS
         closed = chosen.closed and rejected.closed
         return replace(chosen, rejected=rejected, dropped=dropped, truncated=truncated, closed=closed)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llama_ft.data.benchmarks import Leak
 from llama_ft.data.chunks import Chunk
-from llama_ft.data.documents import EXCHANGE_OVERLONG, NO_LABEL, OVERLONG
+from llama_ft.data.documents import EXCHANGE_OVERLONG, NO_LABEL, OVERLONG, SAME_WHEN_CUT
 from llama_ft.data.render import Renderer, TemplateRefusal
 from llama_ft.data.report import NO_DOCUMENTS, Fault, SourceReport
 from llama_ft.data.sources import Source
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CLOSE = "put the end token inside the {% generation %} block"
 _ASKED = "Which animal of the Andes hums?"
-TOO_LONG = (OVERLONG, NO_LABEL, EXCHANGE_OVERLONG)
+TOO_LONG = (OVERLONG, NO_LABEL, SAME_WHEN_CUT, EXCHANGE_OVERLONG)
 """Reasons to drop a row that a larger max_length would keep."""
 
 
@@ -113,7 +113,7 @@ class Findings:
         limit = self._job.sequence.max_truncated
         faults = []
         for one in reports:
-            cut = one.truncated + one.dropped.get(NO_LABEL, 0)
+            cut = one.truncated + sum(one.dropped.get(reason, 0) for reason in (NO_LABEL, SAME_WHEN_CUT))
             if cut <= limit * one.rows:
                 continue
             what = f"{cut:,} of {one.rows:,} rows ({cut / one.rows:.0%}) were cut at sequence.max_length"

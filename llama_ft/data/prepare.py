@@ -22,6 +22,7 @@ from llama_ft.data.order import grouped_by_length, padding_share
 from llama_ft.data.packs import efficiency, first_fit_decreasing
 from llama_ft.data.render import Renderer, TemplateRefusal
 from llama_ft.data.report import ALLOWABLE, NO_DOCUMENTS, Fault, Report
+from llama_ft.data.shared import saved_by_sharing
 from llama_ft.data.sources import Source, open_sources
 from llama_ft.data.store import open_or_build
 from llama_ft.data.stream import SAMPLE, DocumentStream
@@ -29,6 +30,7 @@ from llama_ft.data.template import Template
 from llama_ft.errors import Problem, UserError, did_you_mean
 from llama_ft.paths import cache_dir
 from llama_ft.recipe.check_data import layout_fits
+from llama_ft.recipe.objectives import ONLINE
 from llama_ft.recipe.schema import Holdout, Recipe
 from llama_ft.tokenizer.load import load_tokenizer, settle_pad
 
@@ -48,7 +50,8 @@ class Prepared:
     `train` and `eval` are memory-mapped `datasets.Dataset`s, one document a row: `input_ids` and `labels` (int32
     [tokens], -100 = no loss), `row` (0-based in its source) and `part` (of a split row), `source` (index into the
     recipe's `data`, or `eval_data` when that is a list), `length` and `labelled` (tokens); pairs also have
-    `rejected_ids`, `rejected_labels` and `margin`, rated rows `desirable` and `rating`. `mixture` says which of them an
+    `rejected_ids`, `rejected_labels` and `margin`, rated rows `desirable` and `rating`, and documents whose questions
+    are asked again `messages` (JSON). `mixture` says which of them an
     epoch takes, and in which order. `stream` is what is trained on instead when the recipe streams: the others then
     speak of the first rows of each source, a sample that was checked. `eval` is None when the recipe has no eval_data;
     `eval_conversations` are its conversations in the same order. `tokenizer` carries the template as its chat template;
@@ -183,6 +186,7 @@ def _job(recipe: Recipe, renderer: Renderer) -> Job:
         infilling=recipe.infilling,
         benchmarks=open_benchmarks(recipe.mixture.benchmarks),
         vocabulary=_vocabulary(recipe, renderer.tokenizer),
+        keep_messages=recipe.training.objective in ONLINE,
     )
 
 
@@ -260,7 +264,9 @@ def _mixture(recipe: Recipe, report: Report) -> Mixture:
 
 
 def _efficiency(recipe: Recipe, train: datasets.Dataset, mixture: Mixture) -> dict[str, float]:
-    """How much of the work will be done on real tokens."""
+    """How much of the work will be done on real tokens, and how much is not done twice."""
+    if "rejected_ids" in train.column_names:
+        return {"saved by laying prompts out once": saved_by_sharing(train)} if recipe.sequence.packing else {}
     lengths, limit = column(train, "length"), recipe.sequence.max_length
     if recipe.training.objective == "pretrain":
         some = lengths[mixture.order(0)[:PACKED]]  # enough to tell: a run opens its data in a moment, whatever its size

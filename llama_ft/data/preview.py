@@ -34,9 +34,10 @@ def preview_recipe(
     """Shows the first `limit` rows of a recipe's training data as documents, dropped ones included, and the report.
 
     With `as_json`, one line per document on stdout: `{"row", "input_ids", "labels", "text", "dropped"}`, in file
-    order; `dropped` is the reason or null, and a row that was dropped before it was tokenised has empty lists. A
-    held-out document is shown like any other. With `html`, a page is written there instead. Preflight faults are
-    reported, they do not raise.
+    order; `dropped` is the reason or null, and a row that was dropped before it was tokenised has empty lists. A pair
+    also has `rejected`, the prompt with the worse answer (`input_ids`, `labels`, `text`), and `shared`, the number of
+    tokens at the start that are computed once for both. A held-out document is shown like any other. With `html`, a
+    page is written there instead. Preflight faults are reported, they do not raise.
 
     Raises :class:`UserError` for a recipe or a data file that cannot be read.
     """
@@ -105,6 +106,7 @@ def _as_line(document: Document) -> dict[str, object]:
     if document.rejected is not None:
         worse = document.rejected
         line["rejected"] = {"input_ids": worse.ids.tolist(), "labels": worse.labels.tolist(), "text": worse.text}
+        line["shared"] = document.shared
     return line
 
 

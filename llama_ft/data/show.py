@@ -71,9 +71,12 @@ def print_legend(out: IO[str]) -> None:
 
 
 def print_document(document: Document, label: str, end_token_id: int | None, out: IO[str]) -> None:
-    """One document: a header with its row and counts, then its text, token by token."""
+    """One document: a header with its row and counts, then its text, token by token. Of a pair what both share once."""
     screen = console(out)
-    counts = f"{len(document.ids):,} tokens, {document.labelled:,} labelled"
+    tokens, labelled = document.cost
+    counts = f"{tokens:,} tokens, {labelled:,} labelled"
+    if document.shared:
+        counts = f"{tokens:,} tokens, {document.shared:,} of them for both answers, {labelled:,} labelled"
     if document.truncated:
         counts += ", truncated"
     if document.dropped:
@@ -83,21 +86,31 @@ def print_document(document: Document, label: str, end_token_id: int | None, out
     screen.print(Text(head, style="bold red" if document.dropped else "bold"))
     if document.refusal is not None:
         screen.print(Text(f"the template says: {document.refusal}", style="red"))
-    screen.print(_tokens(document, end_token_id, coloured=screen.color_system is not None))
-    if document.rejected is not None:
-        screen.print(Text("rejected:", style="bold"))
-        screen.print(_tokens(document.rejected, end_token_id, coloured=screen.color_system is not None))
+    coloured = screen.color_system is not None
+    if document.rejected is None:
+        screen.print(_tokens(document, end_token_id, coloured=coloured))
+    else:
+        shared = document.shared
+        if shared:
+            screen.print(_tokens(document, end_token_id, slice(0, shared), coloured=coloured))
+        for name, one in (("chosen", document), ("rejected", document.rejected)):
+            screen.print(Text(f"{name}:", style="bold"))
+            screen.print(_tokens(one, end_token_id, slice(shared, None), coloured=coloured))
     screen.print()
 
 
-def _tokens(document: Document, end_token_id: int | None, *, coloured: bool) -> Text:
+def _tokens(document: Document, end_token_id: int | None, part: slice = slice(None), *, coloured: bool) -> Text:
+    """The text of a `part` of a document's tokens."""
     text = Text()
     if not len(document.ids):
         return Text(_visible(document.text), style="dim")
     done, inside = 0, False
+    shown = range(*part.indices(len(document.ids)))
     for i, (start, end) in enumerate(document.offsets):
         piece = _visible(document.text[max(start, done) : end])  # bytes of one character share its offsets
         done = max(done, end)
+        if i not in shown:
+            continue
         labelled = bool(document.labels[i] != MASKED)
         is_end = labelled and int(document.ids[i]) == end_token_id
         if coloured:

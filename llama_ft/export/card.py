@@ -12,6 +12,7 @@ import yaml
 
 from llama_ft.data.cards import Card, Hub, load_card
 from llama_ft.errors import UserError
+from llama_ft.export.card_objective import counted, limits, of_losses, settings, task, use
 from llama_ft.export.table import proof_rows
 from llama_ft.files import write_text
 from llama_ft.recipe.run import Run
@@ -19,6 +20,13 @@ from llama_ft.recipe.schema import Data, Recipe
 
 # Bases that have another name here than on the hub.
 _HUB_NAMES = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0")}
+MEASURED = {
+    "loss": "training loss",
+    "eval_loss": "held-out loss",
+    "accuracy": "training accuracy",
+    "eval_accuracy": "held-out accuracy",
+}
+"""What of metrics.jsonl a card shows, and what it calls it."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -28,7 +36,7 @@ def write_card(run: Run) -> Path:
     sections = [
         f"# {recipe.name}",
         _what_it_is(recipe),
-        _use(recipe),
+        f"## Use\n\n{use(recipe)}",
         _results(run),
         _proof(run),
         _data(run),
@@ -70,7 +78,7 @@ def _front_matter(recipe: Recipe) -> dict[str, Any]:
     licences = {card.licence if card else None for _, card in cards}
     if not recipe.model.starts_new:
         licences.add(base_licence)
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task(recipe)}
     if base is not None:
         front |= {"base_model": base, "base_model_relation": "finetune"}
     # One licence is named only when everything is known to be under it.
@@ -96,42 +104,24 @@ def _base_in_words(recipe: Recipe) -> str:
 def _what_it_is(recipe: Recipe) -> str:
     adapter = recipe.adapter
     how = "with all weights" if adapter.method == "full" else f"with LoRA (r {adapter.r}, alpha {adapter.alpha:g})"
-    parts = [f"{_base_in_words(recipe)}, tuned {how} by [llama_ft](https://github.com/llama-ft/llama_ft)."]
+    became = "made a reward model" if recipe.training.objective == "reward" else "tuned"
+    parts = [f"{_base_in_words(recipe)}, {became} {how} by [llama_ft](https://github.com/llama-ft/llama_ft)."]
     if recipe.reproduces is not None:
         parts.append(f"It follows {recipe.reproduces.what} ({recipe.reproduces.source}), with these deviations:")
         parts.append("\n".join(f"- {line}" for line in recipe.reproduces.deviations) or "- none")
     return "\n\n".join(parts)
 
 
-def _use(recipe: Recipe) -> str:
-    return f"""## Use
-
-`merged/` is an ordinary LLaMA with its chat template; nothing of llama_ft is needed:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("merged")
-messages = [{{"role": "user", "content": "What is LoRA?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = model.generate(**inputs, max_new_tokens=256)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-Or in a terminal: `llama-ft chat runs/{recipe.name}`. The template is `{_file_name(recipe.template)}`."""
-
-
 def _results(run: Run) -> str:
     rows = []
-    for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+    for key, name in MEASURED.items():
         values = [(record["step"], record[key]) for record in _metrics(run) if isinstance(record.get(key), int | float)]
         if values:
             (first_step, first), (last_step, last) = values[0], values[-1]
             rows.append((name, f"{first:.4f} (step {first_step})", f"{last:.4f} (step {last_step})"))
     parts = []
     if rows:
-        parts += ["## Results", "Nats per labelled token.", _table(("", "first", "last"), rows)]
+        parts += ["## Results", of_losses(run.recipe), _table(("", "first", "last"), rows)]
     if (run.path / "loss.png").is_file():
         parts.append("![losses](loss.png)")
     samples = _json(run.samples_file) or []
@@ -180,9 +170,9 @@ def _settings(run: Run) -> str:
     steps = max((record.get("step", 0) for record in _metrics(run)), default=None)
     batch = str(training.global_batch)
     if "micro_batch" in lock:
-        batch += f" documents = {lock['micro_batch']} × {lock['accumulation']} × {lock['world_size']} processes"
+        batch += f" {counted(recipe)} = {lock['micro_batch']} × {lock['accumulation']} × {lock['world_size']} processes"
     rows = [
-        ("objective", f"{training.objective}, loss on {sequence.train_on}"),
+        ("objective", settings(recipe)),
         ("global batch", batch),
         ("optimizer", f"{training.optimizer}, weight decay {training.weight_decay:g}, clip {training.max_grad_norm:g}"),
         ("learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {training.warmup:g}"),
@@ -210,11 +200,7 @@ def _settings(run: Run) -> str:
 def _limits(recipe: Recipe) -> str:
     _, licence = base_names(recipe)
     other = "" if licence or recipe.model.starts_new else " The base model's own licence and terms apply."
-    return (
-        "## Limits\n\nThe model knows what its base and these rows taught it, and states wrong things as confidently "
-        "as right ones. It was not tuned or tested for safety; nothing beyond the measurements above is claimed."
-        + other
-    )
+    return f"## Limits\n\n{limits(recipe)}{other}"
 
 
 def _metrics(run: Run) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from llama_ft.llama.reward import reward_config
+
 # Where configs keep the place they were read from. An export must not carry the paths of the machine that made it.
 _PLACES = ("_name_or_path", "_model_name_or_path", "_commit_hash")
 
@@ -18,23 +20,31 @@ def stop_ids(end_token: int | None, tokenizer: PreTrainedTokenizerFast) -> list[
 
 
 def write_companions(
-    folder: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, stop: list[int]
+    folder: Path,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerFast,
+    stop: list[int],
+    reward: bool = False,
 ) -> None:
     """Writes config.json, generation_config.json and the tokenizer's files into `folder`.
 
     config: the base's shapes; changed here. dtype: what the weights are stored in. tokenizer: as trained with,
-    `chat_template` set. stop: ids that end an answer.
+    `chat_template` set. stop: ids that end an answer. reward: a reward model, which generates nothing.
     """
     for place in _PLACES:
         config.__dict__.pop(place, None)
     config.architectures = ["LlamaForCausalLM"]
+    if reward:
+        reward_config(config)
     config.dtype = dtype
     config.eos_token_id = stop if len(stop) > 1 else (stop[0] if stop else None)
     config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
     config.save_pretrained(folder)
-    # Written afresh: a base's own file may ask for sampling, and greedy is what the proof compared.
-    greedy_config(stop, tokenizer, bos=config.bos_token_id).save_pretrained(folder)
+    if not reward:
+        # Written afresh: a base's own file may ask for sampling, and greedy is what the proof compared.
+        greedy_config(stop, tokenizer, bos=config.bos_token_id).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import warnings
@@ -16,28 +15,22 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llama_ft.adapters.lora_file import LoraFile, read_lora
+from llama_ft.adapters.lora_file import read_lora
 from llama_ft.adapters.merge import disk_fault, merge_adapter
 from llama_ft.adapters.quantised import requantised
-from llama_ft.data.prepare import Prepared, inspect_data
+from llama_ft.data.prepare import inspect_data
 from llama_ft.errors import Problem, UserError
 from llama_ft.export.card import write_card
-from llama_ft.export.folder import greedy_config, stop_ids, write_companions
+from llama_ft.export.folder import greedy_config, write_companions
+from llama_ft.export.job import Job, adapter_facts, finite, reopen, trained_model
 from llama_ft.export.prompts import Prompt, choose_prompts, template_faults
 from llama_ft.export.proof import Document, Seen, compare, compare_answers, observe, pick_device
+from llama_ft.export.scores import prove_scores
 from llama_ft.export.table import print_proof
 from llama_ft.export.tolerance import TOLERANCES, judge
-from llama_ft.export.trained import (
-    base_folder,
-    check_live,
-    check_quantised,
-    check_scale,
-    full_model,
-    newest_weights,
-    read_back,
-)
+from llama_ft.export.trained import base_folder, check_scale, newest_weights
 from llama_ft.files import publish, write_json
 from llama_ft.llama.checkpoints.shards import stored_tensors
 from llama_ft.llama.load import DTYPES, load_config
@@ -62,35 +55,6 @@ class Export:
     ok: bool
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is exported. `lora` is None for a fully tuned model; `live` is the model as training left it, or None."""
-
-    run: Run
-    base: Path
-    lora: LoraFile | None
-    prepared: Prepared
-    dtype: str
-    live: PreTrainedModel | PeftModel | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where a quantised base is made again: where it was trained if that is at hand."""
-        if self.live is not None:
-            return self.live.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    @property
-    def compute(self) -> torch.dtype:
-        """The type that training computed in."""
-        return DTYPES[self.run.lock.get("compute_dtype", "float32")]
-
-    @property
-    def stop(self) -> list[int]:
-        """Ids that end an answer."""
-        return stop_ids(self.prepared.template.end_token_id(self.prepared.tokenizer), self.prepared.tokenizer)
-
-
 def export_run(run: Run | str | os.PathLike[str], *, trained: PreTrainedModel | PeftModel | None = None) -> Export:
     """Writes merged/, export.json and the model card of a run, and prints the proof.
 
@@ -106,7 +70,7 @@ def export_run(run: Run | str | os.PathLike[str], *, trained: PreTrainedModel | 
     try:
         with _quiet_and_exact():
             _write(job, staged)
-            proof = _prove(job, staged)
+            proof = (prove_scores if job.reward else _prove)(job, staged)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise disk_fault(error, run.merged) from error
@@ -123,7 +87,7 @@ def export_run(run: Run | str | os.PathLike[str], *, trained: PreTrainedModel | 
     return Export(run.merged, proof, True)
 
 
-def _open(run: Run, live: PreTrainedModel | PeftModel | None) -> _Job:
+def _open(run: Run, live: PreTrainedModel | PeftModel | None) -> Job:
     """Everything that can be refused before a byte is written."""
     recipe = run.recipe
     method = recipe.adapter.method
@@ -143,10 +107,10 @@ def _open(run: Run, live: PreTrainedModel | PeftModel | None) -> _Job:
             key="template",
             hint="undo the change, or train again",
         )
-    return _Job(run, base_folder(run), lora, prepared, recipe.export.dtype or recipe.model.dtype, live)
+    return Job(run, base_folder(run), lora, prepared, recipe.export.dtype or recipe.model.dtype, live)
 
 
-def _write(job: _Job, staged: Path) -> None:
+def _write(job: Job, staged: Path) -> None:
     """Weights and what goes beside them into `staged`."""
     recipe, dtype = job.run.recipe, DTYPES[job.dtype]
     if job.lora is not None:
@@ -167,14 +131,14 @@ def _write(job: _Job, staged: Path) -> None:
         merge_adapter(newest_weights(job.run), None, staged, base_dtype=torch.float32, dtype=dtype)
     config = load_config(job.base, recipe.model.rope_scaling, recipe.sequence.max_length)
     config.vocab_size = stored_tensors(staged)["model.embed_tokens.weight"].shape[0]  # full tuning may have added rows
-    write_companions(staged, config, dtype, job.prepared.tokenizer, job.stop)
+    write_companions(staged, config, dtype, job.prepared.tokenizer, job.stop, job.reward)
 
 
-def _prove(job: _Job, staged: Path) -> dict[str, Any]:
+def _prove(job: Job, staged: Path) -> dict[str, Any]:
     """Asks both sides, one after the other. Returns the contents of export.json."""
     documents, prompts = choose_prompts(job.prepared)
     seen = _ask_trained(job, documents, prompts)
-    model, tokenizer = reopen(staged)
+    model, tokenizer = reopen(staged, transformers.LlamaForCausalLM)
     device = pick_device(model)
     seen_merged = observe(model.to(device), documents, [prompt.ids for prompt in prompts])
     measured = compare(seen, seen_merged, documents)
@@ -190,58 +154,23 @@ def _prove(job: _Job, staged: Path) -> dict[str, Any]:
         "dtype": job.dtype,
         "computed_in": f"float32 on {device.type}, weights as stored",
         "tolerance": asdict(tolerance),
-        "measured": {key: _finite(value) for key, value in measured.items()},
+        "measured": {key: finite(value) for key, value in measured.items()},
         "prompts": [tokenizer.decode(document.ids) for document in documents],
         "greedy": greedy,
-        "adapter": _adapter_facts(job),
+        "adapter": adapter_facts(job),
         "opened_with": f"transformers {transformers.__version__} LlamaForCausalLM",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _adapter_facts(job: _Job) -> dict[str, Any] | None:
-    """What was found out about the adapter: read_lora refuses a zero one, check_live one that differs from memory."""
-    if job.lora is None:
-        return None
-    facts = {"tensors": job.lora.tensors, "nonzero": True, "scale": job.lora.scale, "sha256": job.lora.sha256}
-    adapter = job.run.recipe.adapter
-    if adapter.method == "qlora":
-        double = " with double quantisation" if adapter.bits == 4 and adapter.double_quant else ""
-        facts["merged_into"] = f"the base out of {'NF4' if adapter.bits == 4 else 'LLM.int8()'}{double}"
-    return {**facts, "equals_memory": True if job.live is not None else None}
-
-
-def _ask_trained(job: _Job, documents: list[Document], prompts: list[Prompt]) -> Seen:
+def _ask_trained(job: Job, documents: list[Document], prompts: list[Prompt]) -> Seen:
     """What the trained model says. What was loaded for it leaves memory with this function."""
-    model: Any
-    if job.lora is None:
-        model = full_model(job.run, job.live)
-    else:
-        read = read_back(job.base, job.lora, job.run.recipe, job.compute, job.device)
-        if job.live is not None:
-            check_live(job.live, read)
-        if job.run.recipe.adapter.method == "qlora":
-            check_quantised(read, job.run, job.device)
-        model = read.get_base_model()  # PEFT has put its layers into it
-    if model is not job.live:
-        model = model.to(pick_device(model))
+    model = trained_model(job)
     own, model.generation_config = model.generation_config, greedy_config(job.stop, job.prepared.tokenizer)
     try:
         return observe(model, documents, [prompt.ids for prompt in prompts])
     finally:
         model.generation_config = own
-
-
-def reopen(folder: Path) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer, opened with plain transformers. UserError if weights and config do not fit."""
-    opened: Any = transformers.LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
-    model, report = opened
-    faults = [f"{kind}: {', '.join(map(str, sorted(report[kind])[:3]))}" for kind in sorted(report) if report[kind]]
-    if faults:
-        raise UserError(f"the merged model does not open cleanly: {'; '.join(faults)}", where=str(folder))
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _reject(run: Run, staged: Path, proof: dict[str, Any]) -> None:
@@ -254,11 +183,6 @@ def _reject(run: Run, staged: Path, proof: dict[str, Any]) -> None:
     place = str(run.proof_file)
     hint = f"the weights are in {REJECTED}/, adapter/ is untouched and chat uses it"
     raise ProofFailed([Problem(fault, place, hint=hint) for fault in proof["faults"]])
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from llama_ft.recipe.run import Run
 
 def proof_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, measured, allowed) for a terminal or a model card; `allowed` is empty where nothing is judged."""
+    if proof.get("kind") == "scores":
+        return _score_rows(proof)
     measured, tolerance = proof["measured"], proof["tolerance"]
     limits = {key: "" if tolerance[key] is None else f"{tolerance[key]:g}" for key in ("max_delta", "mean_kl", "top1")}
     equal = sum(answer["equal"] for answer in proof["greedy"])
@@ -30,6 +32,22 @@ def proof_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _score_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
+    measured, tolerance = proof["measured"], proof["tolerance"]
+    limits = {key: "" if limit is None else f"≤ {limit:g}" for key, limit in tolerance.items()}
+    both = f"{_share(measured['accuracy_trained'])} → {_share(measured['accuracy_merged'])}"
+    turned = f"{measured['turned']}, and {measured['near_ties']} near ties"
+    margins = f"{_number(measured['mean_margin_trained'])} → {_number(measured['mean_margin_merged'])}"
+    return [
+        ("pairs scored", f"{measured['pairs']}, {measured['tokens']} tokens", ""),
+        ("max |Δ score|", _number(measured["max_delta_score"]), limits["max_delta"]),
+        ("mean KL of preferences (nats)", _number(measured["mean_kl"]), limits["mean_kl"]),
+        ("pairs in another order", turned, "0, but for near ties"),
+        ("accuracy, trained → merged", both, ""),
+        ("mean margin, trained → merged", margins, ""),
+    ]
+
+
 def print_proof(proof: dict[str, Any], run: Run, console: Console | None = None) -> None:
     """A table on a terminal, aligned plain lines elsewhere; then what to type next."""
     console = console or Console()
@@ -43,11 +61,16 @@ def print_proof(proof: dict[str, Any], run: Run, console: Console | None = None)
             table.add_row(*row)
         console.print(table)
     else:
-        lines = [f"  {what:22} {found:28} {allowed}".rstrip() for what, found, allowed in rows]
+        width = max(22, *(len(what) for what, _, _ in rows))
+        lines = [f"  {what:{width}} {found:28} {allowed}".rstrip() for what, found, allowed in rows]
         print("\n".join([title, *lines]), flush=True)
     if proof["ok"]:
         console.print(f"opened with {proof['opened_with']}", highlight=False, soft_wrap=True)
-        console.print(f"next: llama-ft chat {from_here(run.path)}", highlight=False, soft_wrap=True)
+        if proof.get("kind") == "scores":
+            said = f"name it in the rewards of a recipe: rewards: [{{model: {from_here(run.path)}}}]"
+        else:
+            said = f"llama-ft chat {from_here(run.path)}"
+        console.print(f"next: {said}", highlight=False, soft_wrap=True, markup=False)
 
 
 def from_here(path: Path) -> str:

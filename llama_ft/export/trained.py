@@ -21,6 +21,7 @@ from llama_ft.adapters.quantised import digest, known_as_quantised, without_quan
 from llama_ft.errors import Problem, UserError
 from llama_ft.llama.base import locate_base
 from llama_ft.llama.load import load_model
+from llama_ft.llama.reward import load_reward_model
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 
@@ -138,7 +139,8 @@ def full_model(run: Run, live: PreTrainedModel | PeftModel | None) -> PreTrained
         return cast(PreTrainedModel, live if in_float32 else copy.deepcopy(live).float())
     recipe = run.recipe
     scaling, max_length = recipe.model.rope_scaling, recipe.sequence.max_length
-    return load_model(newest_weights(run), torch.float32, rope_scaling=scaling, max_length=max_length)
+    load: Any = load_reward_model if recipe.training.objective == "reward" else load_model
+    return load(newest_weights(run), torch.float32, rope_scaling=scaling, max_length=max_length)
 
 
 def newest_weights(run: Run) -> Path:

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 
-from llama_ft.llama.kernels import FUNCTIONS, Spans, choose_kernel
+from llama_ft.llama.kernels import Spans, attend, choose_kernel
 from llama_ft.llama.rope import rotate, rotate_
 
 
@@ -46,70 +47,105 @@ class Heads:
         return qkv.unflatten(-1, (-1, self.dim))[:, : self.query + self.key_value]
 
 
-def _kernel_layout(heads: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens start..stop of [N, H, D] as the kernels' [1, H, L, D]; a view."""
-    return heads[start:stop].transpose(0, 1).unsqueeze(0)
+class Context(Protocol):
+    """What a block's attention asks: which tokens see which."""
+
+    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+        """Stacked projections [N, (H + 2·KV)·D] → attention's output [N, H·D]. May overwrite qkv."""
+        ...
+
+
+def _kernel_layout(heads: Tensor, span: slice) -> Tensor:
+    """Tokens `span` of [N, H, D] as the kernels' [1, H, L, D]; a view. Of [N, H] as [1, H, L]."""
+    return heads[span].transpose(0, 1).unsqueeze(0)
 
 
 class _RotaryAttentionCPU(torch.autograd.Function):
     """RoPE in place, then one causal flash kernel per document, forward and backward into one buffer each.
 
     Keeping the rotation inside spares two copies of q and k, and hands the projection's backward one stacked gradient.
+    What ends see of their prompt is one more kernel, without a mask, for all ends of a prompt. The two softmaxes over
+    parts of the keys are merged by their log-sum-exp (arXiv 1805.02867, 2205.14135): with z = log(exp z₁ + exp z₂) the
+    output is exp(z₁ − z)·o₁ + exp(z₂ − z)·o₂. Backward needs no more than merged o and z: a flash kernel finds the
+    weights of its keys as exp(q·k − z), which are then those of the softmax over both parts.
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, bounds: Sequence[int], heads: Heads) -> Tensor:
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, spans: Spans, heads: Heads) -> Tensor:
         # qkv is the projection's fresh output and nobody else's; under no_grad here the rotation may overwrite it.
         q, k, v = heads.split(qkv)
         rotate_(heads.turned(qkv), cos, sin)
         out = torch.empty_like(q)
-        logsumexp = []
-        for start, stop in pairwise(bounds):
-            parts = (_kernel_layout(t, start, stop) for t in (q, k, v))
+        logsumexp = torch.empty(q.shape[:2], dtype=torch.float32)
+        for document, _ in spans.pairs():
+            parts = (_kernel_layout(t, document) for t in (q, k, v))
             result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, True)
-            _kernel_layout(out, start, stop).copy_(result)
-            logsumexp.append(lse)
-        ctx.bounds, ctx.heads = bounds, heads
-        ctx.save_for_backward(qkv, cos, sin, out, *logsumexp)
+            _kernel_layout(out, document).copy_(result)
+            _kernel_layout(logsumexp, document).copy_(lse)
+        for ends, prompt in spans.ends():
+            parts = (_kernel_layout(t, span) for t, span in ((q, ends), (k, prompt), (v, prompt)))
+            result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, False)
+            own, own_lse = _kernel_layout(out, ends), _kernel_layout(logsumexp, ends)
+            share = torch.sigmoid(lse - own_lse).unsqueeze(-1)  # of the prompt in the whole softmax
+            own.copy_(torch.lerp(own.float(), result.float(), share))
+            own_lse.copy_(torch.logaddexp(own_lse, lse))
+        ctx.spans, ctx.heads = spans, heads
+        ctx.save_for_backward(qkv, cos, sin, out, logsumexp)
         return out.flatten(-2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        qkv, cos, sin, out, *logsumexp = ctx.saved_tensors
+        qkv, cos, sin, out, logsumexp = ctx.saved_tensors
         heads: Heads = ctx.heads
         grad = grad.unflatten(-1, (-1, heads.dim))
         q, k, v = heads.split(qkv)
         grad_qkv = torch.empty_like(qkv)
         grads = heads.split(grad_qkv)
-        for (start, stop), lse in zip(pairwise(ctx.bounds), logsumexp, strict=True):
-            g, q_, k_, v_, o = (_kernel_layout(t, start, stop) for t in (grad, q, k, v, out))
-            results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g, q_, k_, v_, o, lse, 0.0, True
-            )
-            for target, result in zip(grads, results, strict=True):
-                _kernel_layout(target, start, stop).copy_(result)
+
+        def gradients(asks: slice, answers: slice, causal: bool) -> tuple[list[Tensor], list[Tensor]]:
+            """Where the gradients of q, k and v go, and what these queries and keys add to them."""
+            spans = (asks, asks, answers, answers, asks, asks)
+            parts = (_kernel_layout(t, span) for t, span in zip((grad, q, k, v, out, logsumexp), spans, strict=True))
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, 0.0, causal)
+            return [_kernel_layout(t, span) for t, span in zip(grads, (asks, answers, answers), strict=True)], found
+
+        for document, _ in ctx.spans.pairs():
+            for target, result in zip(*gradients(document, document, True), strict=True):
+                target.copy_(result)
+        for ends, prompt in ctx.spans.ends():
+            for target, result in zip(*gradients(ends, prompt, False), strict=True):
+                target.add_(result)
         rotate_(heads.turned(grad_qkv), cos, -sin)
         return grad_qkv, None, None, None, None
 
 
 class Packed:
-    """Attention context of N tokens that are whole documents laid end to end."""
+    """Attention context of N tokens that are whole documents laid end to end, or ends of shared prompts."""
 
     def __init__(
-        self, bounds: Sequence[int], cos: Tensor, sin: Tensor, heads: Heads, dtype: torch.dtype, *, kernel: str = "auto"
+        self,
+        bounds: Sequence[int],
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
+        dtype: torch.dtype,
+        *,
+        kernel: str = "auto",
+        shared: Sequence[int] | None = None,
     ):
         """`bounds`: document borders 0 = b₀ < b₁ < … = N on the host; cos and sin as RotaryEmbedding gives them;
-        `dtype`: of the projections; `kernel`: a name of kernels.KERNELS. UserError when that kernel cannot run here."""
-        self.spans, self.cos, self.sin, self.heads = Spans(bounds), cos, sin, heads
+        `dtype`: of the projections; `kernel`: a name of kernels.KERNELS; `shared`: see kernels.Spans. UserError when
+        that kernel cannot run here."""
+        self.spans, self.cos, self.sin, self.heads = Spans(bounds, shared=shared), cos, sin, heads
         self.kernel = choose_kernel(kernel, cos.device, dtype, heads.dim)
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         """Stacked projections [N, (H + 2·KV)·D] → attention's output [N, H·D]. May overwrite qkv."""
         if self.kernel == "cpu":
-            return _RotaryAttentionCPU.apply(qkv, self.cos, self.sin, self.spans.keys, self.heads)
+            return _RotaryAttentionCPU.apply(qkv, self.cos, self.sin, self.spans, self.heads)
         q, k, v = self.heads.split(qkv)
         q, k = self._turned(q, self.cos, self.sin), self._turned(k, self.cos, self.sin)
-        return FUNCTIONS[self.kernel](q, k, v, self.spans).flatten(-2)
+        return attend(self.kernel, q, k, v, self.spans).flatten(-2)
 
     @staticmethod
     def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,8 +158,8 @@ class Packed:
         k, v = kv.unflatten(-1, (-1, self.heads.dim)).chunk(2, dim=-2)
         k = self._turned(k, self.cos, self.sin)
         # One layer of many, and its mask is not the CPU kernel's own causal one.
-        function = FUNCTIONS["plain" if self.kernel == "cpu" else self.kernel]
-        return function(q, k, v, rows.spans).flatten(-2)
+        kernel = "plain" if self.kernel == "cpu" else self.kernel
+        return attend(kernel, q, k, v, rows.spans).flatten(-2)
 
 
 class Rows:
@@ -133,8 +169,8 @@ class Rows:
     after attention only the wanted ones go on.
     """
 
-    def __init__(self, wanted: Tensor, bounds: Sequence[int]):
-        """wanted [M]: rising token indices."""
+    def __init__(self, wanted: Tensor, bounds: Sequence[int], shared: Sequence[int] | None = None):
+        """wanted [M]: rising token indices; `shared`: see kernels.Spans."""
         self.wanted = wanted
         host = wanted.tolist()
         asking, queries = [], [0]
@@ -145,7 +181,7 @@ class Rows:
             queries.append(queries[-1] + stop - first)
         self.asking = torch.cat(asking).to(wanted.device)
         self.within = torch.searchsorted(self.asking, wanted)
-        self.spans = Spans(bounds, queries)
+        self.spans = Spans(bounds, queries, shared)
 
 
 class Cached:

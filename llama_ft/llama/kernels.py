@@ -3,7 +3,8 @@
 All answer the same question: q [Q, H, D] against k and v [N, KV, D], where document i owns keys bounds[i] to
 bounds[i + 1] and its queries are the last ones of those tokens (all of them, but for a last layer that only answers at
 labelled positions); each query sees the keys of its own document up to itself. No mask over all tokens is ever formed,
-so none could be wrong.
+so none could be wrong. Ends of a shared prompt become such documents by laying the prompt's keys in front of each one's
+own (`attend`): what costs time, projections and MLP, is still done once per prompt.
 
 | name | what | where |
 |---|---|---|
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -36,18 +37,41 @@ HALF = (torch.bfloat16, torch.float16)
 class Spans:
     """Which tokens answer and which ask, on the host.
 
-    keys: document borders 0 = b₀ < b₁ < … = N [D + 1]; queries: each document's borders in q [D + 1], not falling.
+    keys: document borders 0 = b₀ < b₁ < … = N [D + 1]; queries: each document's borders in q [D + 1], not falling;
+    shared [D]: the document that each one sees whole before itself, a prompt with several ends, −1: none.
     """
 
-    def __init__(self, keys: Sequence[int], queries: Sequence[int] | None = None):
+    def __init__(self, keys: Sequence[int], queries: Sequence[int] | None = None, shared: Sequence[int] | None = None):
         self.keys = keys
         self.queries = keys if queries is None else queries
+        self.shared = shared
         self._made: dict[str, Any] = {}
 
     def pairs(self) -> list[tuple[slice, slice]]:
         """(queries, keys) of every document that asks at all."""
         both = zip(pairwise(self.queries), pairwise(self.keys), strict=True)
         return [(slice(*q), slice(*k)) for q, k in both if q[0] < q[1]]
+
+    def ends(self) -> list[tuple[slice, slice]]:
+        """(queries, keys of the prompt) of neighbouring documents that see the same prompt, together."""
+        found: list[tuple[slice, slice]] = []
+        for prompt, run in groupby(
+            range(len(self.keys) - 1), key=(self.shared or [-1] * (len(self.keys) - 1)).__getitem__
+        ):
+            documents = list(run)
+            asks = slice(self.queries[documents[0]], self.queries[documents[-1] + 1])
+            if prompt >= 0 and asks.start < asks.stop:
+                found.append((asks, slice(self.keys[prompt], self.keys[prompt + 1])))
+        return found
+
+    def apart(self) -> tuple[Tensor, Spans]:
+        """The same as documents that share nothing: which keys to lay end to end for them [N′], and their borders."""
+        parts, keys = [], [0]
+        for (start, stop), prompt in zip(pairwise(self.keys), self.shared or [], strict=True):
+            before = range(self.keys[prompt], self.keys[prompt + 1]) if prompt >= 0 else range(0)
+            parts += [torch.arange(before.start, before.stop), torch.arange(start, stop)]
+            keys.append(keys[-1] + len(before) + stop - start)
+        return torch.cat(parts), Spans(keys, self.queries)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What a kernel derives from the borders: made for the first layer, kept for the others."""
@@ -144,6 +168,19 @@ def flex(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
 
 
 FUNCTIONS: dict[str, Kernel] = {"plain": plain, "varlen": varlen, "flash": flash, "flex": flex}
+
+
+def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    """One of FUNCTIONS, whether prompts are shared or not: q [Q, H, D], k and v [N, KV, D] → [Q, H, D]."""
+    if spans.shared is None:
+        return FUNCTIONS[kernel](q, k, v, spans)
+
+    def apart() -> tuple[Tensor, Spans]:
+        index, whole = spans.apart()
+        return index.to(k.device), whole
+
+    index, whole = spans.once("apart", apart)
+    return FUNCTIONS[kernel](q, k.index_select(0, index), v.index_select(0, index), whole)
 
 
 def bucket(length: int) -> int:

@@ -15,95 +15,28 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from llama_ft.llama.attention import Cached, Heads, Packed, Rows
+from llama_ft.llama.attention import Cached, Context, Heads, Packed, Rows
 from llama_ft.llama.fast import FEW_ROWS, Fast
-from llama_ft.llama.head import IGNORE, LossHead, shift_labels
+from llama_ft.llama.head import IGNORE, LossHead, TokenOutput, shift_labels
+from llama_ft.llama.layers import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, add_into
 from llama_ft.llama.noise import add_noise
-from llama_ft.llama.ops import ELEMENTWISE
 from llama_ft.llama.packing import Packing
-from llama_ft.llama.projections import Project, multiplied_in, project, project_each
+from llama_ft.llama.projections import Project, multiplied_in, project_each
 from llama_ft.llama.rope import RotaryEmbedding
 
-
-class LlamaRMSNorm(nn.Module):
-    """Scales each row to unit root mean square, then by a learnt weight."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-        self.elementwise = "saving"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ELEMENTWISE[self.elementwise][0](x, self.weight, self.eps)
-
-
-class LlamaAttention(nn.Module):
-    """Grouped-query attention: H query heads share KV key/value heads."""
-
-    def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        heads = Heads.of(config)
-        self.layer = layer
-        self.project: Project = project
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, heads.query * heads.dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, heads.key_value * heads.dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, heads.key_value * heads.dim, bias=bias)
-        self.o_proj = nn.Linear(heads.query * heads.dim, config.hidden_size, bias=bias)
-
-    def forward(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
-        """x [N, hidden] → [N, hidden]; with `rows` (packed only), the M wanted ones [M, hidden]."""
-        if rows is None:
-            qkv = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
-            return self.project(context.attend(qkv, self.layer), (self.o_proj,))
-        assert isinstance(context, Packed)
-        q = self.project(x[rows.asking], (self.q_proj,))
-        kv = self.project(x, (self.k_proj, self.v_proj))
-        return self.project(context.attend_rows(q, kv, rows)[rows.within], (self.o_proj,))
-
-
-class LlamaMLP(nn.Module):
-    """down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.project: Project = project
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.elementwise = "saving"
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.project(x, (self.gate_proj, self.up_proj))
-        return self.project(ELEMENTWISE[self.elementwise][1](gate_up), (self.down_proj,))
-
-
-class LlamaDecoderLayer(GradientCheckpointingLayer):
-    """One block; x [N, hidden] → [N, hidden], or the M rows that `rows` wants of the last one."""
-
-    def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        self.self_attn = LlamaAttention(config, layer)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
-        residual = x if rows is None else x[rows.wanted]
-        x = add_into(self.self_attn(self.input_layernorm(x), context, rows), residual)
-        return add_into(self.mlp(self.post_attention_layernorm(x)), x)
-
-
-def add_into(product: Tensor, residual: Tensor) -> Tensor:
-    """product + residual; in place where the types agree: products are fresh and nothing keeps them.
-
-    Under autocast a product is 16-bit while the residual stream stays float32.
-    """
-    return product.add_(residual) if product.dtype == residual.dtype else residual + product
+__all__ = [
+    "LlamaAttention",
+    "LlamaDecoderLayer",
+    "LlamaForCausalLM",
+    "LlamaMLP",
+    "LlamaModel",
+    "LlamaPreTrainedModel",
+    "LlamaRMSNorm",
+    "TokenOutput",
+    "add_into",
+]
 
 
 class LlamaPreTrainedModel(PreTrainedModel):
@@ -167,7 +100,7 @@ class LlamaModel(LlamaPreTrainedModel):
             if isinstance(module, (LlamaRMSNorm, LlamaMLP)):
                 module.elementwise = fast.elementwise
 
-    def run(self, x: Tensor, context: Packed | Cached, rows: Rows | None = None) -> Tensor:
+    def run(self, x: Tensor, context: Context, rows: Rows | None = None) -> Tensor:
         """Blocks and last norm over x [N, hidden]; with `rows`, only the wanted [M, hidden]."""
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
@@ -178,21 +111,45 @@ class LlamaModel(LlamaPreTrainedModel):
             x = layer(x, context, rows if number == last else None)
         return self.norm(x)
 
-    def forward_packed(
-        self, x: Tensor, positions: Tensor, bounds: Sequence[int], wanted: Tensor | None = None
-    ) -> Tensor:
-        """x [N, hidden] of documents that end at bounds[1:], positions [N] → last hidden state [N, hidden].
+    def forward_packed(self, x: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
+        """x [N, hidden] that lies as `packing` says → last hidden state [N, hidden].
 
         wanted [M], rising token indices: only their hidden state [M, hidden] is asked for.
         """
-        cos, sin = self.rotary_emb(positions, x.dtype, bounds)
-        context = Packed(bounds, cos, sin, self.heads, multiplied_in(x), kernel=self.fast.attention)
+        bounds, shared = packing.bounds, packing.shared
+        if shared is not None and self.rotary_emb.rope_type == "dynamic":
+            raise ValueError("rope_type dynamic turns a prompt by the length of each document: lay its copies out")
+        cos, sin = self.rotary_emb(packing.positions, x.dtype, bounds)
+        kernel = self.fast.attention
+        context = Packed(bounds, cos, sin, self.heads, multiplied_in(x), kernel=kernel, shared=shared)
         if wanted is None:
             return self.run(x, context)
         # Where nearly all is wanted, or nothing, leaving rows out saves nothing.
         if self.fast.labelled_rows and 0 < len(wanted) < FEW_ROWS * len(x):
-            return self.run(x, context, Rows(wanted, bounds))
+            return self.run(x, context, Rows(wanted, bounds, shared))
         return self.run(x, context)[wanted]
+
+    def hidden_of(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
+        shared: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states [M, hidden] of the tokens `rows` [M] of input_ids [B, L], counted row by row.
+
+        The last layer is computed for these tokens alone. They may repeat and need not rise. The layout is given as to
+        :meth:`forward`. ValueError for a row that is padding.
+        """
+        embeds = self.embed_tokens(input_ids)
+        batch, length = embeds.shape[:2]
+        packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device, shared)
+        wanted, again = packing.places(rows).unique(return_inverse=True)
+        hidden = self.forward_packed(packing.take(embeds), packing, wanted)
+        return hidden.index_select(0, again)
 
     def forward(
         self,
@@ -203,26 +160,33 @@ class LlamaModel(LlamaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
+        shared: Sequence[int] | Tensor | None = None,
+        context: Context | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, L, hidden] of input_ids [B, L] (or inputs_embeds [B, L, hidden]).
 
         Without a cache, documents are told apart by `cu_seqlens` ([documents + 1], with B = 1 and no padding), else by
         the zeros of position_ids [B, L]; rows of a batch are documents of their own; attention_mask [B, L] marks
-        padding with 0, which is taken out before and returned as zeros. A cache is used only when asked for.
+        padding with 0, which is taken out before and returned as zeros. `shared` [documents] names for each of
+        cu_seqlens' segments the one that it sees before itself, a prompt with several ends; −1 for none. A cache is
+        used only when asked for. With a `context` of the caller's own all that is its business.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be [B, L], got {list(attention_mask.shape)}")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if context is not None:
+            hidden = self.run(embeds.flatten(0, 1), context)
+            return BaseModelOutputWithPast(last_hidden_state=hidden.unflatten(0, embeds.shape[:2]))
         if past_key_values is not None or use_cache:
             cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
             hidden = self._forward_cached(embeds, attention_mask, position_ids, cache)
             return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
         batch, length = embeds.shape[:2]
-        packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device)
-        hidden = self.forward_packed(packing.take(embeds), packing.positions, packing.bounds)
+        packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device, shared)
+        hidden = self.forward_packed(packing.take(embeds), packing)
         return BaseModelOutputWithPast(last_hidden_state=packing.put_back(hidden))
 
     def _forward_cached(
@@ -266,23 +230,57 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        *,
+        shared: Sequence[int] | Tensor | None = None,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        context: Context | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B, L or logits_to_keep, V]; or, with labels [B, L] (−100 = no loss), the loss and no logits.
+    ) -> CausalLMOutputWithPast | TokenOutput:
+        """Logits [B, L or logits_to_keep, V]; or, with labels [B, L] (−100 = no loss), the loss and no logits; or, with
+        rows [M] and targets [M], what the tokens `rows` give the tokens `targets`, and no logits.
 
         The loss is the sum over labelled tokens divided by `num_items_in_batch` (all labelled tokens of a global
         batch, so that accumulation does not change it), or by their own number when that is not given.
+
+        `log_probs` [M] of the TokenOutput are log softmax(logits / temperature), in nats; for rows, see
+        :meth:`LlamaModel.hidden_of`, for `shared` :meth:`LlamaModel.forward`. With a frozen head its gradient costs no
+        second pass over the vocabulary.
         """
+        if targets is not None:
+            if input_ids is None or rows is None:
+                raise ValueError("targets need input_ids, and rows that say where they are predicted")
+            if labels is not None or past_key_values is not None:
+                raise ValueError("targets go with neither labels nor a cache")
+            hidden = self.model.hidden_of(
+                input_ids,
+                rows,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cu_seqlens=cu_seqlens,
+                shared=shared,
+            )
+            fast = self.model.fast.head
+            return TokenOutput(self.lm_head(hidden, targets, fast=fast, each=True, temperature=temperature))
         if labels is not None:
-            if past_key_values is not None:
-                raise ValueError("a loss is computed without a cache")
+            if past_key_values is not None or shared is not None:
+                raise ValueError("a loss is computed without a cache and, with labels, without shared prompts")
             return CausalLMOutputWithPast(
                 loss=self.loss(
                     input_ids, labels, attention_mask, position_ids, inputs_embeds, cu_seqlens, num_items_in_batch
                 )
             )
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cu_seqlens
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens,
+            shared,
+            context,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -318,6 +316,6 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             tokens = add_noise(tokens, packing.bounds, self.neftune_alpha)
         targets = shift_labels(packing.take(labels), packing.bounds)
         labelled = (targets != IGNORE).nonzero().squeeze(-1)
-        hidden = self.model.forward_packed(tokens, packing.positions, packing.bounds, labelled)
+        hidden = self.model.forward_packed(tokens, packing, labelled)
         total = self.lm_head(hidden, targets[labelled], fast=self.model.fast.head)
         return total / (max(len(labelled), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -56,6 +56,8 @@ def simplest(recipe: Recipe, known: Known, facts: DataFacts, hardware: Hardware)
             optimizer=training.optimizer,
             dora=adapter.dora,
             whole_modules=whole,
+            objective=training.objective,
+            reference=recipe.preference.reference,
         ):
             continue
         engine = engine_of(str(path), launcher, hardware.devices)

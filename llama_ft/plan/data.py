@@ -39,6 +39,14 @@ class DataFacts:
     notes: tuple[str, ...] = field(default=())
     files: int = 0
     """Bytes of prepared documents that a run maps."""
+    pairs: bool = False
+    """Whether a document is a pair: `lengths` then count its prompt once and both answers."""
+    squares: np.ndarray | None = None
+    """Of each document what stands for ℓ² in attention, float64 [documents]; None: its length squared."""
+    longest: int | None = None
+    """Tokens that no document exceeds; None: sequence.max_length."""
+    deviation: float | None = None
+    """Standard deviation of the tokens of a document; None: by `mean_squares`."""
 
 
 def data_facts(recipe: Recipe) -> DataFacts:
@@ -101,5 +109,6 @@ def facts_of(prepared: Any) -> DataFacts:
         evaluated=evaluated,
         eval_documents=len(prepared.eval) if prepared.eval is not None else 0,
         notes=tuple(fault.what for fault in prepared.report.faults),
+        pairs="rejected_ids" in prepared.train.column_names,
         files=sum(file.stat().st_size for file in prepared.folder.glob("*.arrow")),
     )

@@ -20,6 +20,7 @@ from llama_ft.data.template import Template
 from llama_ft.errors import UserError
 from llama_ft.plan.data import DataFacts
 from llama_ft.plan.shape import vocabulary_of
+from llama_ft.recipe.objectives import PAIRS
 from llama_ft.recipe.schema import Data, Holdout, Recipe
 
 CHARACTERS = 4.2
@@ -72,9 +73,11 @@ def estimated(recipe: Recipe, why: str) -> DataFacts:
     if recipe.sequence.overlong == "split" and mean > longest / 2 and documents is not None:
         parts = max(1.0, mean / (0.75 * longest))  # cut at turn borders, parts are three quarters full
         documents, prompt, answer, mean = round(documents * parts), prompt / parts, answer / parts, mean / parts
-    if recipe.training.objective in ("dpo", "orpo", "simpo", "reward"):
-        prompt, answer, mean = 2 * prompt, 2 * answer, 2 * mean
-        notes.append("each pair counts as two documents, its prompt twice")
+    pairs = _are_pairs(recipe)
+    if pairs:
+        answer *= 2
+        mean = prompt + answer
+        notes.append("a pair counts its prompt once and both its answers")
     if isinstance(recipe.eval_data, Holdout) and documents is not None:
         held = max(1, round(float(recipe.eval_data.holdout) * documents))
         documents -= held
@@ -97,7 +100,15 @@ def estimated(recipe: Recipe, why: str) -> DataFacts:
         evaluated=(held * mean, held * labelled, held * squares) if held else None,
         eval_documents=held,
         notes=tuple(notes),
+        pairs=pairs,
     )
+
+
+def _are_pairs(recipe: Recipe) -> bool:
+    """Whether the rows are pairs, by their layout; by the objective where a layout is only guessed later."""
+    used = [entry for entry in recipe.data if entry.weight]
+    layouts = {entry.layout or (load_card(entry.use).layout if entry.use is not None else None) for entry in used}
+    return layouts == {"preference"} or (layouts == {None} and recipe.training.objective in PAIRS)
 
 
 def _source(entry: Data) -> _Rows:

@@ -30,7 +30,7 @@ def cut_of(recipe: Recipe, world: int, micro_batch: int) -> Cut:
     """A cut with that micro-batch. UserError when it does not divide the global batch."""
     share = per_device(recipe, world)
     if share % micro_batch:
-        raise uneven(recipe.training.global_batch, world * micro_batch)
+        raise uneven(recipe, world * micro_batch)
     return Cut(micro_batch, share // micro_batch, world)
 
 

@@ -6,7 +6,7 @@ token and layer are what autograd saves in llama_ft/llama (attention.py, ops.py)
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from llama_ft.plan.engine import Engine
 from llama_ft.plan.flops import AGAIN
@@ -32,6 +32,10 @@ class Memory:
     activations: int
     head: int
     overhead: int
+    others: int = 0
+    """Models beside the one that learns: a copy as reference, reward models."""
+    sampling: int = 0
+    """What drawing answers takes beyond what a training step takes in its place."""
 
     @property
     def total(self) -> int:
@@ -41,6 +45,18 @@ class Memory:
     def rows(self) -> list[tuple[str, int]]:
         """(part, bytes), in the order of a table."""
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes that are none of the model's that learns: of frozen models all the time, and while answers are drawn.
+
+    first: whether all answers are drawn before there are optimizer states, and not between steps.
+    """
+
+    frozen: int = 0
+    sampling: int = 0
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class Case:
     element: int
     held: int
     """Bytes of a base weight that is not quantised."""
+    beside: Beside = Beside()
 
     @classmethod
     def of(cls, weights: Weights, training: Training, dtype: str, engine: Engine, *, on_gpu: bool) -> Case:
@@ -94,7 +111,7 @@ def memory(case: Case, tokens: int, labelled: int) -> Memory:
     own = 0 if engine.offload_weights else weights.held(case.held) // engine.weight_shards
     trained = case.trained_as * weights.trained
     beside = 0 if weights.full or engine.offload_weights else trained // engine.weight_shards
-    return Memory(
+    parts = Memory(
         weights=own + gathered(case),
         adapter=beside,
         gradients=0 if engine.offload_weights else trained // engine.gradient_shards,
@@ -102,7 +119,10 @@ def memory(case: Case, tokens: int, labelled: int) -> Memory:
         activations=activations(case, tokens),
         head=head(case, labelled),
         overhead=engine.buffers(trained) + (CUDA_CONTEXT if case.on_gpu else 0),
+        others=case.beside.frozen,
     )
+    in_its_place = parts.gradients + parts.activations + parts.head + (parts.optimizer if case.beside.first else 0)
+    return replace(parts, sampling=max(0, case.beside.sampling - in_its_place))
 
 
 def gathered(case: Case) -> int:
@@ -122,7 +142,8 @@ def gathered(case: Case) -> int:
         return 0
     linear = weights.shape.linear_weights if weights.full else 0  # a frozen weight is held in 16 bits already
     once = 1.0 - AGAIN[case.training.gradient_checkpointing] * (1 - 1 / weights.shape.layers)
-    return int(HALF * (linear * once + weights.shape.vocabulary * weights.shape.hidden))
+    head = 0 if weights.reward else weights.shape.vocabulary * weights.shape.hidden
+    return int(HALF * (linear * once + head))
 
 
 def optimizer(case: Case) -> int:

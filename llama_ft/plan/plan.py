@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama_ft.plan.answers import work_of
 from llama_ft.plan.communication import Exchange, exchange
 from llama_ft.plan.data import DataFacts
 from llama_ft.plan.disk import Disk, disk
@@ -14,11 +15,14 @@ from llama_ft.plan.flops import per_token
 from llama_ft.plan.hardware import Hardware
 from llama_ft.plan.host import Host, host
 from llama_ft.plan.memory import Case, Memory, memory
+from llama_ft.plan.online import Drawing, beside, missing_notes, scorers
 from llama_ft.plan.probe import Rates, rates_here
 from llama_ft.plan.shape import Known, vocabulary_of
+from llama_ft.plan.speed import Speed, card_speed, cpu_speed
 from llama_ft.plan.steps import Cut, Steps, plan_steps
-from llama_ft.plan.time import Seconds, Speed, card_speed, cpu_speed, seconds
+from llama_ft.plan.time import Seconds, seconds
 from llama_ft.plan.weights import Weights
+from llama_ft.recipe.objectives import ONLINE
 from llama_ft.recipe.schema import Recipe
 
 
@@ -29,6 +33,9 @@ class Plan:
     recipe: Recipe
     known: Known
     facts: DataFacts
+    """Of the rows."""
+    work: DataFacts
+    """Of what is computed: pairs with their prompt once or twice, drawn answers."""
     hardware: Hardware
     case: Case
     fit: Fit
@@ -67,7 +74,7 @@ class Plan:
     @property
     def flops_per_token(self) -> float:
         """FLOP per token that is no padding, at this recipe's labelled share and mean context."""
-        facts = self.facts
+        facts = self.work
         tokens = max(facts.mean_tokens, 1.0)
         share, context = facts.mean_labelled / tokens, facts.mean_squares / tokens
         return per_token(self.case.weights, self.recipe.training, labelled=share, mean_context=context)
@@ -80,7 +87,7 @@ class Plan:
             "seconds": round(self.seconds.total, 1) if self.seconds is not None else None,
             "steps": self.steps.total,
             "tokens": round(seen.tokens) if seen is not None else None,
-            "exact": self.facts.exact,
+            "exact": self.work.exact,
         }
 
 
@@ -91,7 +98,8 @@ def weights_of(recipe: Recipe, known: Known, facts: DataFacts) -> Weights:
     own = known.shape.vocabulary
     new = recipe.model.starts_new and named is not None
     rows = (tokens or own) if new else max(own, tokens or 0)
-    return Weights(replace(known.shape, vocabulary=rows), recipe.adapter, grown=rows > own and not new)
+    shape, reward = replace(known.shape, vocabulary=rows), recipe.training.objective == "reward"
+    return Weights(shape, recipe.adapter, grown=rows > own and not new, reward=reward)
 
 
 def make_plan(
@@ -116,6 +124,10 @@ def make_plan(
         rates = rates or rates_here(weights.shape, recipe.model.dtype).shared(hardware.devices)
         multiplied = dtype or ("float32" if weights.whole else rates.chosen(recipe.model.dtype))
     case = Case.of(weights, recipe.training, multiplied, engine, on_gpu=hardware.on_gpu)
+    judges = scorers(recipe, weights)
+    case = replace(case, beside=beside(recipe, case, facts, judges))
+    work = work_of(recipe, facts)
+    work = replace(work, notes=(*work.notes, *missing_notes(judges)))
 
     def on_host(parts: Memory, cut: Cut) -> Host:
         return host(recipe, case, parts, stored=known.stored, accumulation=cut.accumulation)
@@ -123,8 +135,8 @@ def make_plan(
     def resident(parts: Memory, cut: Cut) -> int:
         return parts.total if hardware.on_gpu else on_host(parts, cut).peak
 
-    fitted = fit(recipe, facts, case, engine.devices, hardware.usable, resident)
-    steps = plan_steps(recipe, facts, fitted.chosen)
+    fitted = fit(recipe, work, case, engine.devices, hardware.usable, resident)
+    steps = plan_steps(recipe, work, fitted.chosen)
     stored = disk(recipe, case, steps.total)
     speed: Speed | None = None
     if hardware.card is not None:
@@ -134,9 +146,10 @@ def make_plan(
     taken = None
     if speed is not None and steps.total is not None and steps.seen is not None:
         passes = steps.total * fitted.chosen.accumulation
-        taken = seconds(recipe, facts, case, steps, speed, stored, passes)
+        drawing = Drawing(recipe, case, speed, facts, judges) if recipe.training.objective in ONLINE else None
+        taken = seconds(recipe, work, case, steps, speed, stored, passes, drawing)
     process = None if hardware.on_gpu else on_host(fitted.needed, fitted.chosen)
-    return Plan(recipe, known, facts, hardware, case, fitted, steps, stored, multiplied, speed, taken, process)
+    return Plan(recipe, known, facts, work, hardware, case, fitted, steps, stored, multiplied, speed, taken, process)
 
 
 ALTERNATIVES = ("DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3")

@@ -13,6 +13,7 @@ from llama_ft.plan.curve import curve, points
 from llama_ft.plan.plan import Plan, alternatives
 from llama_ft.plan.sweep import Cell
 from llama_ft.plan.words import count, duration, gib
+from llama_ft.recipe.objectives import POLICY
 
 VERSION = 1
 """Of the JSON document; raised when a key changes its meaning or goes."""
@@ -41,7 +42,7 @@ def as_json(plan: Plan, launch: Sequence[str], price: float | None, faults: Sequ
             "labelled_share": facts.mean_labelled / facts.mean_tokens if facts.mean_tokens else None,
             "mean_tokens": facts.mean_tokens,
             "eval_documents": facts.eval_documents,
-            "notes": list(facts.notes),
+            "notes": list(plan.work.notes),
         },
         "steps": {
             "total": steps.total,
@@ -107,7 +108,7 @@ def plan_lines(plan: Plan, launch: Sequence[str], price: float | None, faults: S
         *[("", f"this version cannot train it yet: {fault}") for fault in faults],
         ("hardware", _hardware(plan)),
         *_data_lines(plan, mark),
-        *_step_lines(plan, mark),
+        *_step_lines(plan, mark if plan.work.exact else "estimated"),
         *_memory_lines(plan),
         *_exchange_lines(plan),
         *_time_lines(plan, price),
@@ -138,7 +139,7 @@ def _data_lines(plan: Plan, mark: str) -> list[tuple[str, str]]:
     share = facts.mean_labelled / facts.mean_tokens if facts.mean_tokens else 0.0
     epoch = f", {count((facts.documents or 0) * facts.mean_tokens)} tokens an epoch" if known else ""
     first = f"{documents}{epoch}, {facts.mean_tokens:.0f} a document, {share:.0%} labelled ({mark})"
-    return [("data", first), ("", facts.source), *[("", note) for note in facts.notes]]
+    return [("data", first), ("", facts.source), *[("", note) for note in plan.work.notes]]
 
 
 def _step_lines(plan: Plan, mark: str) -> list[tuple[str, str]]:
@@ -146,10 +147,10 @@ def _step_lines(plan: Plan, mark: str) -> list[tuple[str, str]]:
     largest = "" if plan.fit.largest is None else f"; the largest that fits is {plan.fit.largest}"
     if plan.fit.largest == 0:
         largest = "; NOTHING FITS, not even one document a pass"
-    unit = "tokens" if training.objective == "pretrain" else "documents"
-    batch = (
-        f"{training.global_batch:,} {unit} = micro-batch {cut.micro_batch} × {cut.accumulation} × {cut.world}{largest}"
-    )
+    unit = {"pretrain": "tokens", **dict.fromkeys(POLICY, "answers")}.get(training.objective, "documents")
+    of = f" of prompts with {plan.recipe.sampling.answers} answers" if training.objective in POLICY else ""
+    parts = f"micro-batch {cut.micro_batch} × {cut.accumulation} × {cut.world}{of}{largest}"
+    batch = f"{training.global_batch:,} {unit} = {parts}"
     if steps.total is None:
         return [
             ("steps", "not known: nothing says how many rows there are (training.max_steps would)"),

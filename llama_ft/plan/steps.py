@@ -12,6 +12,7 @@ from llama_ft.data.balance import laid_out, with_silent
 from llama_ft.errors import UserError
 from llama_ft.plan.data import DataFacts
 from llama_ft.plan.flops import Tokens
+from llama_ft.recipe.objectives import POLICY
 from llama_ft.recipe.schema import Recipe
 
 
@@ -37,22 +38,29 @@ class Steps:
 
 
 def per_device(recipe: Recipe, world: int) -> int:
-    """Documents that one device takes per step. `pretrain` counts tokens: packs of max_length."""
+    """Documents that one device takes per step.
+
+    `pretrain` counts tokens: packs of max_length. grpo and rloo count answers: prompts with all of theirs.
+    """
     batch = recipe.training.global_batch
+    if recipe.training.objective in POLICY:
+        batch //= recipe.sampling.answers
     if recipe.training.objective == "pretrain":
         batch = max(world, batch // recipe.sequence.max_length // world * world)
     share, rest = divmod(batch, world)
     if rest:
-        raise uneven(recipe.training.global_batch, world)
+        raise uneven(recipe, world)
     return share
 
 
-def uneven(global_batch: int, parts: int) -> UserError:
+def uneven(recipe: Recipe, parts: int) -> UserError:
     """The error for a global batch that does not divide."""
+    answers = recipe.sampling.answers if recipe.training.objective in POLICY else 1
+    of_what = f" of prompts with {answers} answers each" if answers > 1 else ""
     return UserError(
-        f"global_batch {global_batch} cannot be split into {parts} equal parts",
+        f"global_batch {recipe.training.global_batch} cannot be split into {parts} equal parts{of_what}",
         key="training.global_batch",
-        hint=f"use a multiple of {parts}: processes × micro_batch must divide it",
+        hint=f"use a multiple of {parts * answers}: processes × micro_batch must divide it",
     )
 
 
@@ -106,10 +114,10 @@ def _epochs(facts: DataFacts, total: int, per_epoch: int, batch: int) -> Iterato
 
 def _counted(facts: DataFacts, total: int, per_epoch: int, batch: int) -> Tokens:
     assert facts.lengths is not None and facts.labelled is not None
+    each = facts.squares if facts.squares is not None else facts.lengths.astype(np.int64) ** 2
     tokens = labelled = squares = 0
     for order in _epochs(facts, total, per_epoch, batch):
-        lengths = facts.lengths[order].astype(np.int64)
-        tokens, squares = tokens + int(lengths.sum()), squares + int((lengths**2).sum())
+        tokens, squares = tokens + int(facts.lengths[order].sum(dtype=np.int64)), squares + int(each[order].sum())
         labelled += int(facts.labelled[order].sum(dtype=np.int64))
     return Tokens(tokens, labelled, squares)
 
@@ -134,9 +142,11 @@ def largest_pass(recipe: Recipe, facts: DataFacts, cut: Cut) -> tuple[int, int]:
 
 
 def _likely_pass(recipe: Recipe, facts: DataFacts, micro_batch: int) -> tuple[int, int]:
-    """Mean plus three standard errors, at most max_length each: n·μ + 3·σ·√n, at least one longest document."""
-    mean, longest = facts.mean_tokens, recipe.sequence.max_length
-    deviation = math.sqrt(max(0.0, facts.mean_squares - mean**2))
+    """Mean plus three standard errors, at most the longest each: n·μ + 3·σ·√n, at least one longest document."""
+    mean, longest = facts.mean_tokens, facts.longest or recipe.sequence.max_length
+    deviation = facts.deviation
+    if deviation is None:
+        deviation = math.sqrt(max(0.0, facts.mean_squares - mean**2))
     tokens = min(micro_batch * longest, micro_batch * mean + 3 * deviation * math.sqrt(micro_batch))
     tokens = max(tokens, min(longest, micro_batch * longest))
     return round(tokens), round(tokens * facts.mean_labelled / mean) if mean else 0

@@ -24,6 +24,8 @@ class Weights:
     adapter: Adapter
     grown: bool = False
     """Whether the tokenizer has more tokens than the base: an adapter then trains embedding and head whole."""
+    reward: bool = False
+    """Whether a score stands in the head's place, which an adapter trains as well."""
 
     @property
     def full(self) -> bool:
@@ -37,8 +39,10 @@ class Weights:
 
     @property
     def total(self) -> int:
-        """Weights of the base."""
-        return self.shape.parameters
+        """Weights of the base; of a reward model with its score and without a head."""
+        shape = self.shape
+        head = 0 if shape.tied else shape.vocabulary * shape.hidden
+        return shape.parameters + (shape.hidden - head if self.reward else 0)
 
     @cached_property
     def targets(self) -> list[tuple[int, int]]:
@@ -58,7 +62,8 @@ class Weights:
     @cached_property
     def whole(self) -> list[tuple[int, ...]]:
         """Shapes of the base's own weights that are trained whole: all, less `freeze`; or `modules_to_save`."""
-        return whole_sizes(self.shape, self.adapter, new_tokens=self.grown)
+        sizes = whole_sizes(self.shape, self.adapter, new_tokens=self.grown, reward=self.reward)
+        return sizes[:-1] if self.reward and not self.full else sizes  # a score is none of the base's
 
     @property
     def trained_whole(self) -> int:
@@ -68,11 +73,13 @@ class Weights:
     @property
     def trained(self) -> int:
         """All weights that training changes."""
-        return trained_weights(self.shape, self.adapter, new_tokens=self.grown)
+        return trained_weights(self.shape, self.adapter, new_tokens=self.grown, reward=self.reward)
 
     @property
     def head_trained(self) -> bool:
         """Whether the head's own gradient is made."""
+        if self.reward:
+            return False
         name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
         if self.full:
             return not is_frozen(name, self.adapter)

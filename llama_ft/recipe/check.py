@@ -8,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from llama_ft.recipe import check_adapter, check_data, check_training, rope
+from llama_ft.recipe import check_adapter, check_data, check_objective, check_online, check_training, rope
 from llama_ft.recipe.engines import unfit
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.lookup import SHIPPED_BASE
 from llama_ft.recipe.view import Unknown, View
 from llama_ft.recipe.yaml_words import one_line
-
-CANNOT_PACK = ("reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo")
-"""Objectives whose documents are compared with each other: one at a time in a row."""
-PREFERENCE = ("reward", "dpo", "kto", "orpo", "simpo")
-"""Objectives on pairs or judged answers, which lose their meaning when cut."""
 
 
 def check(view: View, launcher: Launcher | None) -> None:
@@ -30,6 +25,10 @@ def check(view: View, launcher: Launcher | None) -> None:
         for source_rule in check_data.SOURCE_RULES:
             with suppress(Unknown):
                 source_rule(view, key)
+    for key in view.rewards():
+        for reward_rule in check_online.REWARD_RULES:
+            with suppress(Unknown):
+                reward_rule(view, key)
     if launcher is not None:
         with suppress(Unknown):
             float16_on_cpu(view, launcher)
@@ -55,26 +54,19 @@ def float16_on_cpu(view: View, launcher: Launcher) -> None:
 
 
 def engine_can_train(view: View, launcher: Launcher) -> None:
-    """The launch config's engine takes this method and this optimizer."""
-    method, optimizer = view.value("adapter.method"), view.value("training.optimizer")
-    dora = view.value("adapter.dora")
-    whole = method != "full" and bool(view.value("adapter.modules_to_save"))
-    for key, what, hint in unfit(launcher.engine, method=method, optimizer=optimizer, dora=dora, whole_modules=whole):
+    """The launch config's engine takes this method, this optimizer and this objective."""
+    method = view.value("adapter.method")
+    found = unfit(
+        launcher.engine,
+        method=method,
+        optimizer=view.value("training.optimizer"),
+        dora=view.value("adapter.dora"),
+        whole_modules=method != "full" and bool(view.value("adapter.modules_to_save")),
+        objective=view.value("training.objective"),
+        reference=view.value("preference.reference"),
+    )
+    for key, what, hint in found:
         view.wrong(key if view.stated(key) else "launch", what, hint)
-
-
-def packing_fits_objective(view: View) -> None:
-    objective = view.value("training.objective")
-    if objective in CANNOT_PACK and view.value("sequence.packing"):
-        key = "sequence.packing" if view.stated("sequence.packing") else "training.objective"
-        view.wrong(key, f"{objective} cannot pack, its documents stand alone", "write sequence: {packing: false}")
-
-
-def split_fits_objective(view: View) -> None:
-    objective = view.value("training.objective")
-    if objective in PREFERENCE and view.value("sequence.overlong") == "split":
-        what = f"{objective} compares whole answers, which cannot be split"
-        view.wrong("sequence.overlong", what, "write drop or truncate")
 
 
 def preset_names_a_tokenizer(view: View) -> None:
@@ -90,8 +82,6 @@ def revision_is_of_the_hub(view: View) -> None:
 
 
 RULES: tuple[Callable[[View], None], ...] = (
-    packing_fits_objective,
-    split_fits_objective,
     *rope.RULES,
     preset_names_a_tokenizer,
     revision_is_of_the_hub,
@@ -99,4 +89,6 @@ RULES: tuple[Callable[[View], None], ...] = (
     *check_adapter.RULES,
     *check_training.RULES,
     *check_data.RULES,
+    *check_objective.RULES,
+    *check_online.RULES,
 )

@@ -6,29 +6,33 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from llama_ft.recipe.objectives import COMPARED, ONLINE, PAIRS, POLICY
 from llama_ft.recipe.schema import Mixture
 from llama_ft.recipe.view import Unknown, View
 
-PAIRS = ("reward", "dpo", "orpo", "simpo")
-"""Objectives that compare a better with a worse answer."""
 MOST = 10_000
 """The largest weight, and passes over a source per pass over the mixture, that a recipe can ask for."""
+CONVERSATIONS = ("alpaca", "sharegpt", "messages", "prompt-completion")
 NEEDS: dict[str, tuple[str, ...]] = {
     "pretrain": ("text",),
     **dict.fromkeys(PAIRS, ("preference",)),
     "kto": ("rated",),
-    "sft": ("alpaca", "sharegpt", "messages", "prompt-completion", "text"),
+    "sft": (*CONVERSATIONS, "text", "preference"),
+    **dict.fromkeys(ONLINE, (*CONVERSATIONS, "preference", "rated")),
 }
-"""Layouts that an objective trains on; objectives not named here draw prompts from any conversation."""
+"""Layouts that an objective trains on. Of a pair sft learns the better answer. Prompts are drawn from whatever has a
+user's turn: the row's own answer, if it has one, is taken off and is what exact_match and code compare with."""
 
 
 def layout_fits(objective: str, layout: str) -> tuple[str, str] | None:
     """What is wrong with a layout for an objective, and what to do; None when they fit."""
-    needed = NEEDS.get(objective)
-    if needed is None or layout in needed:
+    needed = NEEDS[objective]
+    if layout in needed:
         return None
+    if objective in ONLINE:
+        return f"{objective} draws prompts from conversations, not from {layout} rows", "name rows with a user's turn"
     if objective == "sft":
-        return f"sft cannot train on {layout} rows", "sft takes conversations and text; dpo takes pairs, kto rated rows"
+        return f"sft cannot train on {layout} rows", "sft takes conversations, text and pairs; kto takes rated rows"
     hint = "write layout: text, or objective: sft" if objective == "pretrain" else f"use a set in layout {needed[0]}"
     return f"{objective} reads layout {needed[0]}, not {layout}", hint
 
@@ -55,6 +59,40 @@ def streaming_ends(view: View) -> None:
     with suppress(Unknown):
         if "holdout" in (view.shaped.data.get("eval_data") or {}):
             view.wrong("eval_data", "a share of a stream cannot be held out", "name rows of their own in eval_data")
+
+
+def stream_fits_objective(view: View) -> None:
+    """What looks at rows before training, or at others of them, needs a prepared set."""
+    objective = view.value("training.objective")
+    if not view.value("mixture.streaming"):
+        return
+    if objective == "kto":
+        what = "kto measures its KL on the answers of other rows, which a stream has not read yet"
+        view.wrong("mixture.streaming", what, "write streaming: false")
+    elif objective in ONLINE:
+        view.wrong("mixture.streaming", f"{objective} draws prompts from a prepared set", "write streaming: false")
+
+
+def text_is_split(view: View) -> None:
+    """Half an answer is another answer, and half a prompt asks for something else."""
+    objective = view.value("training.objective")
+    if view.value("sequence.overlong") != "split":
+        return
+    if objective in COMPARED:
+        what = f"{objective} compares whole answers, which cannot be split"
+    elif objective in ONLINE:
+        what = f"{objective} answers whole prompts, which cannot be split"
+    else:
+        return
+    view.wrong("sequence.overlong", what, "write drop or truncate")
+
+
+def answers_are_learned_from(view: View) -> None:
+    """Losses of answers speak of answers alone: a prompt has no chosen and no rejected side."""
+    objective = view.value("training.objective")
+    if objective in (*COMPARED, *POLICY) and view.value("sequence.train_on") == "all":
+        what = f"{objective} compares answers, the prompt is not learned from"
+        view.wrong("sequence.train_on", what, "write responses, or last_response")
 
 
 def something_to_compare(view: View) -> None:
@@ -134,6 +172,9 @@ def evaluation_is_whole(view: View, key: str) -> None:
 RULES: tuple[Callable[[View], None], ...] = (
     some_source_weighs,
     streaming_ends,
+    stream_fits_objective,
+    text_is_split,
+    answers_are_learned_from,
     something_to_compare,
     no_idle_key,
     infilling_has_text,

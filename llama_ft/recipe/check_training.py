@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llama_ft.recipe.objectives import POLICY
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.view import View
 
@@ -56,10 +57,13 @@ def moments_belong_to_adam(view: View) -> None:
 
 def micro_batch_divides(view: View) -> None:
     whole, part = view.value("training.global_batch"), view.value("training.micro_batch")
-    if part == "auto" or view.value("training.objective") == "pretrain" or whole % part == 0:
+    objective, unit = view.value("training.objective"), "documents"
+    if objective in POLICY:
+        whole, unit = whole // view.value("sampling.answers"), "prompts"
+    if part == "auto" or objective == "pretrain" or whole % part == 0 or not whole:
         return
     near = max(size for size in range(1, min(part, whole) + 1) if whole % size == 0)
-    what = f"a global batch of {whole} documents cannot be made of micro-batches of {part}"
+    what = f"a global batch of {whole} {unit} cannot be made of micro-batches of {part}"
     view.wrong("training.micro_batch", what, f"write {near}, or auto")
 
 

@@ -14,6 +14,7 @@ from llama_ft.recipe.check_training import unused_training_keys
 from llama_ft.recipe.emit import scalar
 from llama_ft.recipe.extends import label
 from llama_ft.recipe.load import Resolved, resolve
+from llama_ft.recipe.objectives import unused_objective_keys, value_at
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 
@@ -61,14 +62,9 @@ def values(resolved: Resolved) -> dict[str, Value]:
     recipe = resolved.recipe
     unused = {f"adapter.{name}" for name in unused_adapter_keys(recipe)}
     unused |= {f"training.{name}" for name in unused_training_keys(recipe)}
+    unused |= {*unused_objective_keys(recipe)}
     data = recipe.model_dump()
-    return {key: Value(_at(data, key), origin) for key, origin in resolved.origins.items() if key not in unused}
-
-
-def _at(data: Any, key: str) -> Any:
-    for part in key.split("."):
-        data = data[int(part)] if isinstance(data, list) else data[part]
-    return data
+    return {key: Value(value_at(data, key), origin) for key, origin in resolved.origins.items() if key not in unused}
 
 
 def differences(a: Mapping[str, Value], b: Mapping[str, Value]) -> list[Difference]:

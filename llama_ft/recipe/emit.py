@@ -7,6 +7,7 @@ from typing import Any
 
 from llama_ft.recipe.check_adapter import unused_adapter_keys
 from llama_ft.recipe.check_training import unused_training_keys
+from llama_ft.recipe.objectives import unused_objective_keys, without
 from llama_ft.recipe.scalars import read_plain
 from llama_ft.recipe.schema import Recipe
 
@@ -21,8 +22,8 @@ def dump(recipe: Recipe) -> str:
 
 def lines(recipe: Recipe) -> list[tuple[str, str]]:
     """The text, line by line, each with the dotted key whose value stands on it (`""` where none does)."""
-    data = recipe.model_dump()
-    # What means nothing beside the method, type or schedule that was chosen is refused where a recipe states it.
+    # What means nothing beside the objective, method, type or schedule that was chosen is refused where it is stated.
+    data = without(recipe.model_dump(), unused_objective_keys(recipe))
     for section, names in (("adapter", unused_adapter_keys(recipe)), ("training", unused_training_keys(recipe))):
         data[section] = {name: value for name, value in data[section].items() if name not in names}
     if recipe.model.rope_scaling is not None:

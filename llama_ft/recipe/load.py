@@ -14,6 +14,7 @@ from llama_ft.recipe.extends import Chain, read_chain
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.lookup import resolve_names
 from llama_ft.recipe.nodes import Entry, Findings
+from llama_ft.recipe.objectives import unused_objective_keys, without
 from llama_ft.recipe.overrides import apply_overrides
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.shape import shape
@@ -65,6 +66,8 @@ def _judge(chain: Chain, overrides: Sequence[str], findings: Findings, look_up: 
     findings.raise_if_any()
     try:
         recipe = Recipe.model_validate(shaped.data)
+        # What a parent said to another objective is no part of this recipe, which reads back equal from its dump.
+        recipe = Recipe.model_validate(without(shaped.data, unused_objective_keys(recipe)))
     except ValidationError as error:  # the walk accepts only what pydantic does; should they differ, say so plainly
         for detail in error.errors():
             key = ".".join(str(part) for part in detail["loc"])

@@ -6,6 +6,7 @@ directory, then among the shipped files; a path in an override starts from the w
 
 from __future__ import annotations
 
+import ast
 import glob
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from llama_ft.errors import did_you_mean, nearest
 from llama_ft.paths import PACKAGE, find_file, shipped_root
+from llama_ft.recipe.check_online import OWN_FUNCTION
 from llama_ft.recipe.launchers import Launcher, read_launcher
 from llama_ft.recipe.nodes import Findings, Source, plain
 from llama_ft.recipe.schema_model import PRESETS
@@ -42,6 +44,9 @@ def resolve_names(view: View) -> Launcher | None:
     with suppress(Unknown):
         for number in range(len(view.value("mixture.benchmarks"))):
             _attempt(_benchmark, view, f"mixture.benchmarks.{number}")
+    for key in view.rewards():
+        _attempt(_reward_model, view, f"{key}.model")
+        _attempt(_own_function, view, f"{key}.function")
     _attempt(_template, view, "template")
     _attempt(_base, view, "model.base")
     _attempt(_tokenizer, view, "model.tokenizer")
@@ -135,6 +140,41 @@ def _benchmark(view: View, key: str, text: str) -> None:
             _missing(view, key, "card or file", shipped_cards())
         else:
             view.replace(key, str(found))
+
+
+def _reward_model(view: View, key: str, text: str) -> None:
+    """A folder, absolute where it exists. It need not: the run that writes it may come before this one's training."""
+    found = _find(view, key, text, shipped=False)
+    if found is not None and found.is_file():
+        _refuse(view, key, f"'{one_line(text)}' is a file, a reward model is a folder", "name the run that trained it")
+    elif found is not None:
+        view.replace(key, str(found))
+
+
+def _own_function(view: View, key: str, text: str) -> None:
+    """FILE.py:NAME, which becomes absolute; the file is read, and not run."""
+    named = OWN_FUNCTION.fullmatch(text)
+    if named is None:
+        return
+    found = _find(view, key, named["file"])
+    if found is None or not found.is_file():
+        beside = [f"{name}:{named['name']}" for name in _siblings(view, key, named["file"], ("*.py",))]
+        _missing(view, key, "file", [], beside)
+        return
+    try:
+        body = ast.parse(found.read_bytes(), str(found)).body
+    except (OSError, SyntaxError, ValueError) as error:
+        _refuse(view, key, f"{found.name} cannot be read: {error}", "mend it; it is read as Python")
+        return
+    functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    imported = [name.asname or name.name for node in body if isinstance(node, ast.ImportFrom) for name in node.names]
+    if named["name"] in (*functions, *imported):
+        view.replace(key, f"{found}:{named['name']}")
+    else:
+        hint = (
+            did_you_mean(named["name"][:100], functions, kind="functions") if functions else f"add def {named['name']}"
+        )
+        _refuse(view, key, f"{found.name} has no function '{named['name']}'", hint)
 
 
 def _card(view: View, key: str, text: str) -> None:

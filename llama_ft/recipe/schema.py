@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from llama_ft.recipe.schema_model import Adapter, Model
+from llama_ft.recipe.schema_objective import Preference, RewardModel
+from llama_ft.recipe.schema_online import Policy, Reward, Sampling
 from llama_ft.recipe.section import Finite, NonNegative, Positive, PositiveInt, Section, Share, Text
 
-Objective = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo"]
+Objective = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "rejection_sampling"]
 Layout = Literal["alpaca", "sharegpt", "messages", "preference", "rated", "text", "prompt-completion"]
 Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 
@@ -64,7 +66,8 @@ class Sequence(Section):
     max_length: Annotated[StrictInt, Field(ge=8)] = 2048
     """Longest document, in tokens."""
     packing: StrictBool = True
-    """Lay each micro-batch's documents end to end without padding; documents never see each other."""
+    """Lay each micro-batch's documents end to end without padding; documents never see each other. Several answers to
+    one prompt (pairs, sampled answers) then have it computed once; where false, each comes with a prompt of its own."""
     train_on: Literal["responses", "all", "last_response"] = "responses"
     """Which tokens carry loss."""
     overlong: Literal["drop", "truncate", "split"] = "drop"
@@ -115,9 +118,11 @@ class Training(Section):
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; null runs all epochs."""
     global_batch: PositiveInt = 128
-    """Documents per optimizer step over all devices, packed or not (tokens for `pretrain`)."""
+    """Documents per optimizer step over all devices, packed or not: a pair is one (tokens for `pretrain`, sampled
+    answers for grpo and rloo, best answers for rejection_sampling)."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
-    """Documents per device per forward pass; accumulation follows from it."""
+    """Documents per device per forward pass (a pair is one, for grpo and rloo a prompt with all its answers);
+    accumulation follows from it."""
     learning_rate: Positive = 2.0e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -189,6 +194,12 @@ class Recipe(Section):
     mixture: Mixture = Mixture()
     infilling: Infilling | None = None
     training: Training = Training()
+    preference: Preference = Preference()
+    reward_model: RewardModel = RewardModel()
+    sampling: Sampling = Sampling()
+    rewards: list[Reward] = []
+    """What answers are scored by: grpo, rloo and rejection_sampling need one or more."""
+    policy: Policy = Policy()
     tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
     """Where metrics go besides metrics.jsonl."""
     launch: Text = "accelerate_configs/cpu.yaml"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from llama_ft.errors import Problem, UserError
 from llama_ft.recipe.schema import Recipe
 
-OBJECTIVES = ("sft",)
+OBJECTIVES = ("sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "rejection_sampling")
 METHODS = ("full", "lora", "qlora")
 
 

@@ -11,7 +11,7 @@ from llama_ft.recipe.nodes import Findings, Mark, is_null
 from llama_ft.recipe.shape import Shaped
 
 
-class Unknown(Exception):
+class Unknown(LookupError):
     """A key has no value to judge, because it is wrong, missing, or in a parent that cannot be read."""
 
 
@@ -50,6 +50,11 @@ class View:
         lists = [name for name in ("data", "eval_data") if isinstance(self.shaped.data.get(name), list)]
         keys = [f"{name}.{number}" for name in lists for number in range(len(self.shaped.data[name]))]
         return [key for key in keys if key not in self.shaped.bad]
+
+    def rewards(self) -> list[str]:
+        """The dotted keys of all rewards: `rewards.0`, …"""
+        count = len(self.shaped.data.get("rewards") or [])
+        return [key for key in (f"rewards.{number}" for number in range(count)) if key not in self.shaped.bad]
 
     def replace(self, key: str, value: Any) -> None:
         """Puts a resolved value (an absolute path) in place of what was written, or of the default."""

@@ -95,7 +95,11 @@ def _number(noun: str, schema: dict[str, Any]) -> str:
         if high is not None:
             return f"{noun} from {low:g} to {high:.10g}"
         return f"{noun} from {low:g} " + (f"to below {below:g}" if below is not None else "up")
-    bounds = [f"above {above:g}" if above is not None else "", f"below {below:g}" if below is not None else ""]
+    bounds = [
+        f"above {above:g}" if above is not None else "",
+        f"below {below:g}" if below is not None else "",
+        f"at most {high:g}" if high is not None else "",
+    ]
     return f"{noun} {' and '.join(filter(None, bounds))}".strip()
 
 

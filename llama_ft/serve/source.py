@@ -20,6 +20,7 @@ from llama_ft.llama.context import context_length
 from llama_ft.llama.load import DTYPES, choose_compute_dtype, load_model
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.llama.projections import project_each
+from llama_ft.llama.reward import is_reward_model
 from llama_ft.recipe.run import Run
 from llama_ft.tokenizer.load import load_tokenizer
 
@@ -42,16 +43,26 @@ class Opened:
 def open_source(source: str) -> Opened:
     """Opens a run folder (merged, else base + adapter), a model folder or file, `smollm2-135m` or a hub id.
 
-    Raises UserError when there is no such thing, or a run has nothing trained yet.
+    Raises UserError when there is no such thing, a run has nothing trained yet, or it is a reward model.
     """
     logging.disable_progress_bar()
     path = Path(source).expanduser()
     run = _run(source, path)
     if run is not None:
+        if run.recipe.training.objective == "reward":
+            raise _scores_only(run.path)
         return _open_run(run)
     if path.exists() or source == smollm2.NAME or not _is_path(source):
+        if (path / "config.json").is_file() and is_reward_model(path):
+            raise _scores_only(path)
         return _open_folder(locate_base(source))
     raise UserError(f"there is no run and no model '{source}'", hint=did_you_mean(source, _known(), kind="sources"))
+
+
+def _scores_only(path: Path) -> UserError:
+    what = f"{path} is a reward model: it scores the answers of others and writes none"
+    hint = f"a recipe of objective rejection_sampling, rloo or grpo names it: rewards: [{{model: {path}}}]"
+    return UserError(what, hint=hint)
 
 
 def _run(source: str, path: Path) -> Run | None:

@@ -8,7 +8,11 @@ import sys
 import warnings
 
 from llama_ft.errors import user_facing
+from llama_ft.imports import for_good, leave_out
 from llama_ft.train.launch import report_status
+
+BITSANDBYTES = "bitsandbytes"
+"""PEFT imports it wherever it is installed, and it torch's compiler: a second, for runs that quantise something."""
 
 
 def main() -> None:
@@ -35,7 +39,12 @@ def main() -> None:
             from llama_ft.recipe import load_recipe
 
             recipe = load_recipe(arguments.recipe, arguments.overrides)
-            from llama_ft.train.run import train_recipe
+            from llama_ft.train.lock import used_besides
+
+            if BITSANDBYTES not in used_besides(recipe, ""):
+                leave_out(BITSANDBYTES)
+            with for_good():
+                from llama_ft.train.run import train_recipe
 
             train_recipe(
                 recipe,

@@ -86,7 +86,18 @@ def _contents(hashes: Any, ordered: bool) -> Any:
 
 def clear_run_folder(run: Run) -> None:
     """Removes what an earlier run left; anything else in the folder stays."""
-    for entry in ("base", "checkpoints", "adapter", "merged", "merged.rejected", "gguf", "eval", "faults", *TRACKERS):
+    for entry in (
+        "base",
+        "checkpoints",
+        "adapter",
+        "merged",
+        "merged.rejected",
+        "gguf",
+        "eval",
+        "faults",
+        "sampled",
+        *TRACKERS,
+    ):
         shutil.rmtree(run.path / entry, ignore_errors=True)
     for entry in ("metrics.jsonl", "export.json", "loss.png", "README.md", "run.lock.json", "recipe.yaml", *WATCHED):
         (run.path / entry).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llama_ft.data.batches import PackedCollator
 from llama_ft.data.prepare import Prepared
 from llama_ft.data.render import MASKED
 
@@ -52,7 +53,7 @@ class EndToken:
         at_once = trainer.args.per_device_eval_batch_size
         total = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
         for start in range(0, len(self.documents), at_once):
-            batch = trainer.data_collator(self.documents[start : start + at_once])
+            batch = PackedCollator()(self.documents[start : start + at_once])
             total += model(**trainer._prepare_inputs(batch), num_items_in_batch=1).loss.double()
         model.train(was_training)
         return math.exp(-float(total) / self.ends)

@@ -120,7 +120,15 @@ def check_recipe_fits(recipe: Recipe, engine: Engine, *, new_tokens: bool) -> No
     """
     adapter, optimizer = recipe.adapter, recipe.training.optimizer
     whole = adapter.method != "full" and (new_tokens or bool(adapter.modules_to_save))
-    found = unfit(engine.name, method=adapter.method, optimizer=optimizer, dora=adapter.dora, whole_modules=whole)
+    found = unfit(
+        engine.name,
+        method=adapter.method,
+        optimizer=optimizer,
+        dora=adapter.dora,
+        whole_modules=whole,
+        objective=recipe.training.objective,
+        reference=recipe.preference.reference,
+    )
     if found:
         raise UserError(Problem(what, None, key, hint) for key, what, hint in found)
 

@@ -153,13 +153,9 @@ class Guard:
             labelled = int((labels[1:] != MASKED).sum())
             if not labelled:
                 continue
-            whence: dict[str, Any] = dict(zip(ORIGIN, origin, strict=True)) if origin else {}
-            if origin:
-                source = self.prepared.job.train[origin[0]]
-                whence |= {"source": source.label, "where": source.where(origin[1])}
             records.append(
                 {
-                    **whence,
+                    **self.whence(origin),
                     "epoch": epoch,
                     "process": trainer.accelerator.process_index,
                     "micro_batch": number,
@@ -171,6 +167,13 @@ class Guard:
                 }
             )
         return records
+
+    def whence(self, origin: tuple[int, ...] | None) -> dict[str, Any]:
+        """Which source, row and part a document is of; nothing where it does not know."""
+        if origin is None:
+            return {}
+        source = self.prepared.job.train[origin[0]]
+        return {**dict(zip(ORIGIN, origin, strict=True)), "source": source.label, "where": source.where(origin[1])}
 
 
 def named(records: Sequence[dict[str, Any]]) -> list[Problem]:

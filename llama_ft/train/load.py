@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,6 +26,7 @@ from llama_ft.llama.init import resize_embeddings
 from llama_ft.llama.kernels import choose_kernel
 from llama_ft.llama.load import DTYPES, build_random, choose_compute_dtype
 from llama_ft.llama.model import LlamaForCausalLM
+from llama_ft.llama.reward import LlamaForSequenceClassification, as_reward_model
 from llama_ft.train.base import Base
 from llama_ft.train.engine import Engine
 from llama_ft.train.sharding.cut import base_weights, cut_model, grown_config, hollow_model
@@ -62,7 +64,7 @@ def load_for_training(
     choose_kernel(recipe.model.attention, device, multiplied, Heads.of(base.config).dim, training=True)
     cut = engine is not None and engine.cuts_weights
     if cut and engine is not None and engine.name == "ZeRO-3":
-        model = cut_model(grown_config(base), compute, base_weights(base, PartialState().is_main_process))
+        model: Any = cut_model(grown_config(base), compute, base_weights(base, PartialState().is_main_process))
     elif cut and _main_alone_reads() and not PartialState().is_main_process:
         model = hollow_model(grown_config(base), compute)
     else:
@@ -70,7 +72,8 @@ def load_for_training(
     model.config.use_cache = False
     model.model.set_fast(Fast(attention=recipe.model.attention))
     model.model.checkpoint_every = 2 if recipe.training.gradient_checkpointing == "selective" else 1
-    model.neftune_alpha = recipe.training.neftune_alpha
+    if isinstance(model, LlamaForCausalLM):
+        model.neftune_alpha = recipe.training.neftune_alpha
     set_seed(recipe.training.seed)
     if base.full:
         for name, parameter in model.named_parameters():
@@ -81,15 +84,17 @@ def load_for_training(
     return Loaded(adapted, compute, base_digest)
 
 
-def load_whole(base: Base, compute: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """The base with all of its weights, rows for added tokens included."""
-    if base.new and base.full:
-        model = build_random(base.config, base.recipe.training.seed)
-    else:
-        model = load_base(base.folder, base.recipe, compute, device)
+def load_whole(
+    base: Base, compute: torch.dtype, device: torch.device
+) -> LlamaForCausalLM | LlamaForSequenceClassification:
+    """The base with all of its weights, rows for added tokens included; for objective reward a score for its head."""
+    recipe = base.recipe
+    if not (base.new and base.full):
+        return load_base(base.folder, recipe, compute, device, rows=base.vocabulary)
+    model = build_random(base.config, recipe.training.seed)
     if base.grown:
         resize_embeddings(model, base.vocabulary)
-    return model
+    return as_reward_model(model, recipe.training.seed) if recipe.training.objective == "reward" else model
 
 
 def _main_alone_reads() -> bool:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llama_ft.files import keep_lines
 from llama_ft.recipe.run import Run
 
 
@@ -23,24 +24,8 @@ class Metrics(TrainerCallback):
 
     def __init__(self, run: Run, start_step: int = 0):
         self.path = run.metrics_file
-        self._drop_after(start_step)
+        keep_lines(self.path, lambda line: line.get("step", 0) <= start_step)  # the others will be run again
         self.file = self.path.open("a", encoding="utf-8")
-
-    def _drop_after(self, step: int) -> None:
-        """On resume, forget lines of steps that will be run again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last line of a killed run may be cut
-                continue
-            if record.get("step", 0) <= step:
-                kept.append(line)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        aside.replace(self.path)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any):
         if state.is_world_process_zero:
@@ -119,7 +104,7 @@ class ProgressLine(TrainerCallback):
         if "eval_loss" in logs:
             self.held_out = logs["eval_loss"]
             self.time.evaluation_took(logs.get("eval_seconds", 0.0))
-            self.keep(state, f"held-out loss {self.held_out:.4f}")
+            self.keep(state, held_out(logs))
         elif "labelled_tokens_per_second" in logs:
             self.time.step(logs["seconds"], time.perf_counter())
             steps = state.max_steps - state.global_step
@@ -150,10 +135,27 @@ class ProgressLine(TrainerCallback):
             self.progress = None
 
 
+def held_out(logs: dict[str, Any]) -> str:
+    """An evaluation in words; a policy's loss is its mean reward with the sign turned, and is not told twice."""
+    rewarded = logs["eval_loss"] == -logs.get("eval_reward", math.inf)
+    parts = [] if rewarded else [f"held-out loss {logs['eval_loss']:.4f}"]
+    if "eval_accuracy" in logs:
+        parts.append(f"accuracy {logs['eval_accuracy']:.1%}")
+    if "eval_reward" in logs:
+        parts.append(f"held-out reward {logs['eval_reward']:.4f}")
+    if "eval_kl" in logs:
+        parts.append(f"KL {logs['eval_kl']:.4f}")
+    return " · ".join(parts)
+
+
 def figures(logs: dict[str, Any], held_out: float | None) -> str:
     """A training line in words."""
-    parts = [f"loss {logs['loss']:.4f}"]
-    if held_out is not None:
+    parts = [f"reward {logs['reward']:.4f}"] if "reward" in logs else [f"loss {logs['loss']:.4f}"]
+    if "kl" in logs:
+        parts.append(f"KL {logs['kl']:.4f}")
+    if "accuracy" in logs:
+        parts.append(f"accuracy {logs['accuracy']:.0%}")
+    if held_out is not None and "reward" not in logs:
         parts.append(f"held-out {held_out:.4f}")
     parts.append(f"{logs['labelled_tokens_per_second']:,.0f} labelled tokens/s")
     if "memory_gib" in logs:

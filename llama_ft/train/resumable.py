@@ -73,11 +73,22 @@ class ResumableTrainer(SFTTrainer):
         if self.stop.agreed():
             self.control.should_training_stop = True
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The loop. What must be asked of the weights of the start is asked before a checkpoint's are loaded."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.before_training()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def before_training(self) -> None:
+        """Called by every process when the model is where it trains and has the weights that the run began with."""
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Where an engine cuts up weights or states, ours are put back, and not the engine's own files read."""
         cuts = self.is_fsdp_enabled or self.is_deepspeed_enabled
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None if cuts else resume_from_checkpoint)
         self.parts = parts_of(self)
+        if cuts:
+            self.before_training()
         if self.parts is not None and resume_from_checkpoint is not None:
             load_weights(self.parts, self.model, Path(resume_from_checkpoint))
             load_optimizer(self, Path(resume_from_checkpoint))

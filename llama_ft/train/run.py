@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,21 @@ import datasets
 from llama_ft.data.batches import PackedCollator, PaddedCollator
 from llama_ft.data.prepare import Prepared
 from llama_ft.plan.steps import Cut
+from llama_ft.recipe.objectives import COMPARED, ONLINE
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.checks import disk_faults
+from llama_ft.train.compared import compared_trainer
 from llama_ft.train.ends import EndToken
 from llama_ft.train.engine import engine_of, settle_engine
 from llama_ft.train.finish import finish, say_stopped
 from llama_ft.train.fit import corrected_once
 from llama_ft.train.guards import Guard
 from llama_ft.train.load import Loaded, load_for_training, trains_base_weights
+from llama_ft.train.online_run import online_trainer, rejection_data, rejection_trainer
 from llama_ft.train.planned import peak_bytes, write_measured
 from llama_ft.train.progress import ProgressLine
+from llama_ft.train.rewards.rewards import Rewards
 from llama_ft.train.start import Flags, Start, make_new_base, open_start, say_start, write_start
 from llama_ft.train.steps import EpochOrder, held_out, with_silence
 from llama_ft.train.stop import STOPPED, StopCleanly
@@ -65,56 +71,86 @@ def train_recipe(
 
 def _train(start: Start, stop: StopCleanly) -> None:
     """Loads, trains until the end or until it is stopped, and finishes."""
-    run, prepared, state = start.run, start.prepared, start.state
-    make_new_base(start)
-    loaded = load_for_training(start.base, state.device, start.lock.get("compute_dtype"), engine_of(state))
-    write_start(start, loaded)
-    say_start(start, loaded)
-    watch = Watch(run, start.base, loaded, prepared, state, start.console, start.step)
-    warnings = Warnings(run, start.recipe, start.console, start.step)
-    callbacks = [stop, *watch.callbacks, *([warnings] if start.main else [])]
-    trainer = make_trainer(start, loaded, callbacks, stop)
-    settle_engine(trainer.accelerator, start.recipe, loaded.compute_dtype, start.console, warnings.say)
-    if stop.peers is not None:
-        stop.peers.watch(trainer)
-    watch.ask(trainer)
-    with watch.status.kept(watch.callbacks):
-        train_until_done_or_stopped(trainer, run.checkpoint(start.step) if start.step else None, watch.progress)
-        trained_with = peak_bytes(state.device)
-        if stop.agreed():
-            say_stopped(run, start.console)
-            raise SystemExit(STOPPED)
-        finish(trainer, start, loaded.compute_dtype, watch.samples, warnings)
-        if start.main:
-            write_measured(run, state, trainer.state.global_step, trained_with)
+    run, state = start.run, start.state
+    with opened_rewards(start) as rewards:  # what is wrong with them is said before weights are read
+        make_new_base(start)
+        loaded = load_for_training(start.base, state.device, start.lock.get("compute_dtype"), engine_of(state))
+        write_start(start, loaded)
+        say_start(start, loaded)
+        if rewards is not None and start.recipe.training.objective == "rejection_sampling":
+            start = replace(start, prepared=rejection_data(start, loaded, rewards))
+        watch = Watch(run, start.base, loaded, start.prepared, state, start.console, start.step)
+        warnings = Warnings(run, start.recipe, start.console, start.step)
+        callbacks = [stop, *watch.callbacks, *([warnings] if start.main else [])]
+        trainer = make_trainer(start, loaded, callbacks, stop, rewards, warnings)
+        settle_engine(trainer.accelerator, start.recipe, loaded.compute_dtype, start.console, warnings.say)
+        if stop.peers is not None:
+            stop.peers.watch(trainer)
+        watch.ask(trainer)
+        with watch.status.kept(watch.callbacks):
+            train_until_done_or_stopped(trainer, run.checkpoint(start.step) if start.step else None, watch.progress)
+            trained_with = peak_bytes(state.device)
+            if stop.agreed():
+                say_stopped(run, start.console)
+                raise SystemExit(STOPPED)
+            finish(trainer, start, loaded.compute_dtype, watch.samples, warnings)
+            if start.main:
+                write_measured(run, state, trainer.state.global_step, trained_with)
 
 
-def make_trainer(start: Start, loaded: Loaded, callbacks: list[Any], stop: StopCleanly) -> LlamaTrainer:
+@contextmanager
+def opened_rewards(start: Start) -> Iterator[Rewards | None]:
+    """What scores answers, in a run that samples them; closed however the run ends."""
+    if start.recipe.training.objective not in ONLINE:
+        yield None
+        return
+    with closing(Rewards.open(start.recipe, start.state.device)) as rewards:
+        yield rewards
+
+
+def make_trainer(
+    start: Start,
+    loaded: Loaded,
+    callbacks: list[Any],
+    stop: StopCleanly,
+    rewards: Rewards | None = None,
+    warnings: Warnings | None = None,
+) -> LlamaTrainer:
     """The trainer of a run, with its data in their order."""
     recipe, prepared = start.recipe, start.prepared
     cut = Cut(start.micro_batch, start.accumulation, start.state.num_processes)
     evaluated = held_out(prepared.eval, cut)
+    args = training_arguments(
+        recipe,
+        start.run,
+        start.micro_batch,
+        start.accumulation,
+        has_eval=prepared.eval is not None,
+        masters=trains_base_weights(start.base),
+        fresh=start.step is None,
+    )
+    common: dict[str, Any] = {
+        "model": loaded.model,
+        "args": args,
+        "processing_class": prepared.tokenizer,
+        "callbacks": callbacks,
+        "run": start.run,
+        "recipe": recipe,
+        "stop": stop,
+        "eval_dataset": evaluated.with_format("numpy") if evaluated is not None else None,
+        **training_set(prepared, recipe, cut),
+    }
+    if recipe.training.objective in COMPARED:
+        return compared_trainer(start, loaded, common)
+    if rewards is not None and recipe.training.objective == "rejection_sampling":
+        return rejection_trainer(start, loaded, common, rewards)
+    if rewards is not None:
+        return online_trainer(start, loaded, common, rewards, warnings if start.main else None)
     return LlamaTrainer(
-        model=loaded.model,
-        args=training_arguments(
-            recipe,
-            start.run,
-            start.micro_batch,
-            start.accumulation,
-            has_eval=prepared.eval is not None,
-            masters=trains_base_weights(start.base),
-            fresh=start.step is None,
-        ),
+        **common,
         data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
-        eval_dataset=evaluated.with_format("numpy") if evaluated is not None else None,
-        processing_class=prepared.tokenizer,
-        callbacks=callbacks,
-        run=start.run,
-        recipe=recipe,
-        stop=stop,
         guard=Guard(start.run, recipe, prepared),
         ends=EndToken.of(prepared),
-        **training_set(prepared, recipe, cut),
     )
 
 

@@ -96,6 +96,10 @@ class Samples:
                 return written
         except (OSError, ValueError):
             pass
+        return self._new_records()
+
+    def _new_records(self) -> list[dict[str, Any]]:
+        """What is known of each question before it is asked."""
         return [{"question": question_of(turns), "reference": turns[-1]["content"]} for turns in self.chosen]
 
 

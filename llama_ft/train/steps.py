@@ -43,7 +43,8 @@ def with_silence(documents: datasets.Dataset, times: int = 1) -> datasets.Datase
     silent: dict[str, list[Any]] = {}
     for name, feature in documents.features.items():
         masked = MASKED if name.endswith("labels") else 0
-        silent[name] = [[masked] * SILENT if isinstance(feature, datasets.List) else 0] * times
+        nothing: Any = "" if getattr(feature, "dtype", None) == "string" else 0
+        silent[name] = [[masked] * SILENT if isinstance(feature, datasets.List) else nothing] * times
     return datasets.concatenate_datasets([documents, datasets.Dataset.from_dict(silent, features=documents.features)])
 
 

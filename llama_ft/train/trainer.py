@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -117,13 +118,18 @@ class LlamaTrainer(ResumableTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the engine averages gradients over ranks; we want their sum
         if model.training:
-            self.guard.add(loss)
-            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-                self.guard.check(self, None)  # DeepSpeed's backward takes the step with it
             mask = inputs.get("attention_mask")
-            self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-            self.labelled_seen += int((inputs["labels"] != IGNORE).sum())
+            tokens = int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            self.pass_done(loss, tokens, int((inputs["labels"] != IGNORE).sum()))
         return (loss, outputs) if return_outputs else loss
+
+    def pass_done(self, loss: Tensor, tokens: int, labelled: int) -> None:
+        """After the forward pass of every micro-batch that is trained on, with what was in it."""
+        self.guard.add(loss)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self.guard.check(self, None)  # DeepSpeed's backward takes the step with it
+        self.tokens_seen += tokens
+        self.labelled_seen += labelled
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; called by transformers once the model is where it trains."""
@@ -156,24 +162,21 @@ class LlamaTrainer(ResumableTrainer):
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         with kept_random_numbers(self.args.device):
-            measured = self.nll(self.get_eval_dataloader(eval_dataset))
+            measured = self.measure(self.get_eval_dataloader(eval_dataset))
             if measured is not None:
-                metrics = {
-                    f"{metric_key_prefix}_loss": measured[0],
-                    f"{metric_key_prefix}_labelled_tokens": measured[1],
-                    f"{metric_key_prefix}_seconds": round(time.perf_counter() - start, 3),
-                }
+                measured["seconds"] = round(time.perf_counter() - start, 3)
                 if self.ends is not None:
-                    metrics[f"{metric_key_prefix}_end_probability"] = self.ends.probability(self)
+                    measured["end_probability"] = self.ends.probability(self)
+                metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
                 self.log(metrics)
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train:
-            self.after_evaluation(measured[0] if measured is not None else None)
+            self.after_evaluation(measured["loss"] if measured is not None else None)
         return metrics
 
     @torch.no_grad()
-    def nll(self, batches: Any) -> tuple[float, int] | None:
-        """(nats per labelled token, labelled tokens) over a data loader, over all ranks; None if stopped on the way."""
+    def measure(self, batches: Any) -> dict[str, float] | None:
+        """Nats per labelled token (`loss`) and their number over a data loader, over all ranks; None if stopped."""
         model: Any = self.model_wrapped if self.accelerator._models else self.model
         was_training = model.training
         model.eval()
@@ -188,7 +191,16 @@ class LlamaTrainer(ResumableTrainer):
             total[1] += (inputs["labels"] != IGNORE).sum()
         model.train(was_training)
         nats, labelled = self.accelerator.reduce(total, "sum").tolist()
-        return (nats / labelled if labelled else math.nan), int(labelled)
+        return {"loss": nats / labelled if labelled else math.nan, "labelled_tokens": int(labelled)}
+
+    def means(self, figures: dict[str, Tensor]) -> dict[str, float]:
+        """Figures over all processes: each one's sum by its count, and the number of items."""
+        total: dict[str, list[float]] = {}
+        for one in gather_object([{name: both.tolist() for name, both in figures.items()}]):
+            for name, both in one.items():  # a process that had nothing to do knows no figures
+                total[name] = [a + b for a, b in zip(total.get(name, [0.0, 0.0]), both, strict=True)]
+        found = {name: value / count for name, (value, count) in total.items() if count}
+        return {**found, "items": int(max((count for _, count in total.values()), default=0))}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Called once at the start of every optimizer step: the moment its clock starts."""

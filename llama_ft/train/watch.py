@@ -16,6 +16,7 @@ from llama_ft.train.load import Loaded
 from llama_ft.train.machine import measure_machine
 from llama_ft.train.progress import Metrics, ProgressLine
 from llama_ft.train.samples import SampleAtEvaluations, Samples
+from llama_ft.train.scored import ScoredSamples
 from llama_ft.train.status import Status
 from llama_ft.train.trackers import trackers
 
@@ -44,7 +45,8 @@ class Watch:
         self.samples: Samples | None = None
         if state.is_main_process:
             self.callbacks += [Metrics(run, step or 0), *trackers(base.recipe, run, step or 0)]
-            self.samples = Samples(run, prepared)
+            scores = base.recipe.training.objective == "reward"
+            self.samples = ScoredSamples(run, prepared) if scores else Samples(run, prepared)
 
     def ask(self, trainer: Any) -> None:
         """Before training: the first answers of a fresh run, and a place in the trainer for those on the way."""

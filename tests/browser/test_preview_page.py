@@ -62,7 +62,7 @@ def a_view() -> PageView:
     documents += [words(f"other 🦙 {i} yes.", loss=1, row=i, source="dir/b.jsonl") for i in range(3)]
     pair = words("which is better? This one.", loss=2, row=0, source="dir/b.jsonl")
     worse = words("which is better? No.", loss=1)
-    documents.append(replace(pair, rejected=worse.tokens, rejected_ids=worse.ids))
+    documents.append(replace(pair, rejected=worse.tokens, rejected_ids=worse.ids, shared=3))
     counts = [SourceReport(label, "train", 6, 5, tokens=900, labelled=400) for label in ("a.jsonl", "dir/b.jsonl")]
     counts[0].dropped, counts[0].examples = {"empty answer": 1}, {"empty answer": [5]}
     dropped = [PageDocument("a.jsonl", 5, [("no answer", False, False)], "empty answer", False, None, [])]

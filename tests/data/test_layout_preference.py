@@ -17,6 +17,7 @@ from llama_ft.data.layouts.common import (
     NO_ANSWER,
     OTHER_PROMPTS,
     OUT_OF_ORDER,
+    RATED_ALIKE,
     RATED_LOWER,
     SAME_ANSWERS,
 )
@@ -79,7 +80,7 @@ def test_an_end_of_several_turns_and_with_tools() -> None:
     [
         ({"margin": 0.5}, 0.5),
         ({"score_chosen": 8.5, "score_rejected": 6}, 2.5),
-        ({"chosen_score": "3", "rejected_score": "3"}, 0.0),
+        ({"chosen_score": "3", "rejected_score": "2.75"}, 0.25),
         ({"chosen-rating": 5, "rejected-rating": 1}, 4.0),
         ({"chosen_rating": 5, "rejected_rating": None}, None),
         ({"score_chosen": None, "score_rejected": None}, None),
@@ -98,6 +99,9 @@ def test_the_margin_is_the_difference_of_the_scores(scores: dict[str, Any], marg
         ({"prompt": "p", "chosen": "", "rejected": "bad"}, EMPTY_ANSWER),
         ({"prompt": "p", "chosen": "good", "rejected": " "}, EMPTY_ANSWER),
         ({"prompt": "p", "chosen": "good", "rejected": "bad", "score_chosen": 1, "score_rejected": 2}, RATED_LOWER),
+        ({"prompt": "p", "chosen": "good", "rejected": "bad", "score_chosen": "3", "score_rejected": 3}, RATED_ALIKE),
+        ({"prompt": "p", "chosen": "good", "rejected": "bad", "margin": 0}, RATED_ALIKE),
+        ({"prompt": "p", "chosen": "same", "rejected": "same", "margin": 0}, SAME_ANSWERS),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("other"), assistant("b")]}, OTHER_PROMPTS),
         ({"chosen": [*CONTEXT, assistant("d")], "rejected": CONTEXT[:2]}, OTHER_PROMPTS),
         ({"chosen": [*CONTEXT, assistant("d")], "rejected": CONTEXT}, NO_ANSWER),

@@ -240,15 +240,6 @@ def test_dropped_rows_stand_under_their_reason_and_none_is_left_out(tmp_path: Pa
     assert second.startswith(f"{OVERLONG} 1 row") and "9" in second
 
 
-def test_a_pair_shows_its_prompt_once_and_both_ends(tmp_path: Path) -> None:
-    chosen, rejected = words("the prompt here good answer", loss=2), words("the prompt here good riddance", loss=2)
-    pair = replace(chosen, rejected=rejected.tokens, rejected_ids=[7, 8, 9, 10, 11])
-    page = written(tmp_path, view([pair]))
-    boxes = [(a["data-from"], text) for a, text in page.seen.all("div", "tokens")]
-    assert boxes == [("0", "the prompt here"), ("3", " good answer"), ("3", " good riddance")]
-    assert [text for _, text in page.seen.all("h5")] == ["chosen", "rejected"]
-
-
 def test_positions_begin_again_with_each_document_of_a_pack(tmp_path: Path) -> None:
     pack = [words("a b c", loss=1, row=4), words("d e", loss=1, row=9)]
     page = written(tmp_path, view([], packs=[pack]))

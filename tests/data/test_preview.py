@@ -150,6 +150,60 @@ def test_faults_are_reported_and_nothing_is_raised(
     assert "preflight fault no-documents" in err
 
 
+PAIRS = [
+    {"prompt": "Which?", "chosen": "This one.", "rejected": "No idea."},
+    {"prompt": "What?", "chosen": "Alike.", "rejected": " Alike. "},
+]
+OF_PAIRS = ["data.0.path=rows.jsonl", "data.0.layout=preference", "training.objective=dpo", "sequence.packing=true"]
+
+
+@pytest.fixture
+def pairs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same recipe over two pairs, packed; the template takes the second one's white space away."""
+    write_jsonl(recipe.parent / "rows.jsonl", PAIRS)
+    (recipe.parent / "bare.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content | trim }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}"
+    )
+    monkeypatch.chdir(recipe.parent)
+    return recipe
+
+
+def test_a_pair_shows_what_it_shares_once(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preview_recipe(str(pairs), [*OF_PAIRS, "template=bare.jinja"])
+    page = capsys.readouterr().out
+    first = page.split("row 0 of")[1].split("row 1 of")[0]
+    assert re.search(r"jsonl: \d+ tokens, \d+ of them for both answers, \d+ labelled\n", first)
+    assert first.endswith(
+        "\n<|im_start|>user↵\nWhich?<|im_end|><|im_start|>assistant↵\n\n"
+        "chosen:\n⟦This one.<|im_end|>■⟧\nrejected:\n⟦No idea.<|im_end|>■⟧\n\n"
+    )
+    assert "row 1 of rows.jsonl: dropped (chosen and rejected are the same tokens)" in page
+
+
+def test_a_pair_as_a_line(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preview_recipe(str(pairs), [*OF_PAIRS, "template=bare.jinja"], as_json=True)
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    worse, shared = first["rejected"], first["shared"]
+    assert set(worse) == {"input_ids", "labels", "text"}
+    assert first["input_ids"][:shared] == worse["input_ids"][:shared]
+    assert set(first["labels"][:shared]) == set(worse["labels"][:shared]) == {MASKED}
+    assert first["labels"][shared] != MASKED != worse["labels"][shared]
+    assert second["dropped"] == "chosen and rejected are the same tokens"
+
+
+def test_a_page_of_packed_pairs(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = pairs.parent / "page.html"
+    preview_recipe(str(pairs), [*OF_PAIRS, "template=bare.jinja"], html=page)
+    html = page.read_text()
+    assert "1 pair," in html and "<code>shared</code> -1, 0, 0" in html
+    assert re.search(r"row 0 of rows.jsonl, rejected, positions \d+–\d+", html)
+    sizes = [int(size) for size in re.findall(r"<code>cu_seqlens</code> 0, (\d+), (\d+), (\d+)", html)[0]]
+    assert f">{sizes[2]}</td>" in html  # tokens of the set: what a pack holds of them
+    assert "page.html is written" in capsys.readouterr().out
+
+
 def test_malformed_rows_are_one_block_and_exit_2(recipe: Path) -> None:
     with (recipe.parent / "rows.jsonl").open("a") as file:
         file.write('{"messages": 3}\n')

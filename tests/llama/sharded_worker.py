@@ -1,6 +1,6 @@
 """One rank of tests/llama/test_sharded.py: a sharded model must give the loss and gradients of the whole one.
 
-torchrun --nproc_per_node 2 -m tests.llama.sharded_worker {fsdp2|zero3} {full|tied|lora}
+torchrun --nproc_per_node 2 -m tests.llama.sharded_worker {fsdp2|zero3} {full|tied|lora|pair}
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from tests.llama.conftest import SHAPES
 X = torch.randint(0, 307, (1, 48), generator=torch.Generator().manual_seed(1))
 LABELS = torch.where(torch.arange(48) % 48 > 20, X, -100)
 BATCH: dict[str, Any] = {"input_ids": X, "labels": LABELS, "cu_seqlens": [0, 10, 48], "num_items_in_batch": 27}
+PAIR: dict[str, Any] = {
+    "input_ids": X,
+    "cu_seqlens": [0, 20, 30, 48],
+    "shared": [-1, 0, 0],
+    "rows": torch.tensor([*range(19, 29), 19, *range(30, 47)]),
+    "targets": X[0, 20:],
+}
 
 
 def make(kind: str) -> Any:
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(SHAPES["llama-3.2-tied" if kind == "tied" else "llama-2-70b-like"])
+    model: Any = LlamaForCausalLM(SHAPES["llama-3.2-tied" if kind in ("tied", "pair") else "llama-2-70b-like"])
     if kind == "lora":
         model = attach_lora(model, Adapter(r=4))
         for name, parameter in model.named_parameters():
@@ -33,9 +40,17 @@ def make(kind: str) -> Any:
     return model.train()
 
 
+def loss_of(model: Any, kind: str) -> torch.Tensor:
+    """The head's loss; of a pair, whose prompt is shared, how far the log-probabilities of its ends differ."""
+    if kind != "pair":
+        return model(**BATCH).loss
+    log_probs = model(**PAIR).log_probs
+    return log_probs[:10].mean() - log_probs[10:].mean()
+
+
 def whole(kind: str) -> tuple[float, dict[str, torch.Tensor]]:
     model = make(kind)
-    loss = model(**BATCH).loss
+    loss = loss_of(model, kind)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -52,7 +67,7 @@ def fsdp2(kind: str) -> tuple[float, dict[str, torch.Tensor]]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    loss = model(**BATCH).loss
+    loss = loss_of(model, kind)
     loss.backward()
     assert all(layer.self_attn.project is layer.mlp.project is project_each for layer in inner.model.layers)
     return loss.item(), {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
@@ -72,7 +87,7 @@ def zero3(kind: str) -> tuple[float, dict[str, torch.Tensor]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=trained)
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters()), "nothing is partitioned"
-    loss = engine(**BATCH).loss
+    loss = loss_of(engine, kind)
     engine.backward(loss)
     named = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters() if p.requires_grad}
     return loss.item(), {name: gradient for name, gradient in named.items() if gradient is not None}

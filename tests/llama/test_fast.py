@@ -9,7 +9,13 @@ from llama_ft.adapters.fused import fused_project
 from llama_ft.adapters.lora import attach_lora
 from llama_ft.llama import head
 from llama_ft.llama.fast import PLAIN, Fast
-from llama_ft.llama.head import LossHead, linear_cross_entropy, linear_cross_entropy_plain
+from llama_ft.llama.head import (
+    LossHead,
+    linear_cross_entropy,
+    linear_cross_entropy_plain,
+    linear_log_probs,
+    linear_log_probs_plain,
+)
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.llama.projections import project_each
 from llama_ft.recipe.schema import Adapter
@@ -163,24 +169,28 @@ def test_last_layer_computes_labelled_rows_only():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_loss_head_in_bfloat16_is_no_worse_than_its_twin(trainable, autocast):
+@pytest.mark.parametrize("each", [False, True], ids=["loss", "log_probs"])
+def test_loss_head_in_bfloat16_is_no_worse_than_its_twin(each, trainable, autocast):
     """Beside float64: the gradient of confident tokens, whose 1 − p bfloat16 cannot hold, must survive."""
+    fast, plain = (
+        (linear_log_probs, linear_log_probs_plain) if each else (linear_cross_entropy, linear_cross_entropy_plain)
+    )
     torch.manual_seed(0)
     weight = torch.randn(307, 48, dtype=torch.float64) / 4
     targets = torch.randint(0, 307, (64,))
     hidden = weight[targets] * torch.linspace(0, 8, 64, dtype=torch.float64)[:, None]  # p from 1/307 to nearly 1
     found = {}
     for name, dtype, function in (
-        ("exact", torch.float64, linear_cross_entropy_plain),
-        ("twin", torch.bfloat16, linear_cross_entropy_plain),
-        ("fast", torch.bfloat16, linear_cross_entropy),
+        ("exact", torch.float64, plain),
+        ("twin", torch.bfloat16, plain),
+        ("fast", torch.bfloat16, fast),
     ):
         kept = torch.float32 if autocast and name != "exact" else dtype
         h = hidden.bfloat16().to(kept).requires_grad_()
         w = weight.bfloat16().to(kept).requires_grad_(trainable)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and name != "exact"):
             loss = function(h, w, targets)
-        loss.backward()
+        loss.sum().backward()
         assert h.grad.dtype == kept
         found[name] = (loss.detach().double(), h.grad.double(), w.grad.double() if trainable else torch.zeros(1))
     for which in range(3):
@@ -188,11 +198,14 @@ def test_loss_head_in_bfloat16_is_no_worse_than_its_twin(trainable, autocast):
         assert (fast - exact).norm() <= 1.1 * (twin - exact).norm() + 1e-3 * exact.norm()
 
 
-def test_loss_head_holds_no_logits(monkeypatch):
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_probs])
+def test_loss_head_holds_no_logits(function, trained, monkeypatch):
     """3,000 labelled tokens of a 32,000-token vocabulary: 384 MB of logits that never exist."""
     monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 8 * 2**20})
     hidden, weight = torch.randn(3000, 16, requires_grad=True), torch.randn(32_000, 16)
     targets = torch.randint(0, 32_000, (3000,))
+    weight.requires_grad_(trained)
     largest = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -203,7 +216,7 @@ def test_loss_head_holds_no_logits(monkeypatch):
             return out
 
     with Watch():
-        linear_cross_entropy(hidden, weight, targets).backward()
+        function(hidden, weight, targets).sum().backward()
     assert max(largest) <= 8 * 2**20
 
 

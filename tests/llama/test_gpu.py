@@ -9,8 +9,10 @@ from llama_ft.adapters.fused import _stacked
 from llama_ft.adapters.lora import attach_lora, stack_projections
 from llama_ft.llama.fast import PLAIN, Fast
 from llama_ft.llama.model import LlamaForCausalLM
+from llama_ft.llama.sampling import sample
 from llama_ft.recipe.schema import Adapter
 from tests.llama.conftest import SHAPES
+from tests.llama.test_shared import lay_out, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +53,34 @@ def test_bfloat16_paths_stay_near_float32(path):
     loss, found = loss_and_gradients(torch.bfloat16, fast=PATHS[path])
     assert abs(loss - expected) <= 2e-2
     assert torch.nn.functional.cosine_similarity(found, gradient, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_shared_prompts_in_bfloat16_stay_near_float32(path):
+    if path == "flash":
+        pytest.importorskip("flash_attn")
+    found = {}
+    for name, dtype, fast in (("exact", torch.float32, PLAIN), ("fast", torch.bfloat16, PATHS[path])):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(SHAPES["llama-2-70b-like"]).to(dtype).cuda()
+        model.model.set_fast(fast)
+        inputs = {name: tensor.cuda() for name, tensor in lay_out().inputs.items()}
+        log_probs = model(**inputs).log_probs
+        (log_probs * weights(len(log_probs)).cuda()).sum().backward()
+        found[name] = log_probs.detach(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    assert (found["fast"][0] - found["exact"][0]).abs().max() <= 5e-2
+    assert torch.nn.functional.cosine_similarity(found["fast"][1], found["exact"][1], dim=0) > 0.99
+
+
+@torch.no_grad()
+def test_answers_of_the_device_are_the_cpus():
+    """In float32, drawn by the same seeds; answers leave on the way."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(SHAPES["llama-2-70b-like"])
+    asked = {"answers": 4, "max_new_tokens": 50, "temperature": 1.0, "top_p": 0.9, "seeds": list(range(12))}
+    prompts, stop = [[1, 2, 3], [4], list(range(5, 40))], frozenset(range(0, 307, 10))
+    expected = sample(model, prompts, stop=stop, **asked)
+    assert sample(model.cuda(), prompts, stop=stop, **asked) == expected
 
 
 def test_weights_that_moved_to_the_device_are_stacked_again():

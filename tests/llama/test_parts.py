@@ -13,7 +13,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama_ft.errors import UserError
 from llama_ft.llama import head
-from llama_ft.llama.head import linear_cross_entropy, linear_cross_entropy_plain, shift_labels
+from llama_ft.llama.head import (
+    linear_cross_entropy,
+    linear_cross_entropy_plain,
+    linear_log_probs,
+    linear_log_probs_plain,
+    shift_labels,
+)
 from llama_ft.llama.load import choose_compute_dtype, load_model
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.llama.ops import ELEMENTWISE, rms_norm, swiglu
@@ -43,24 +49,71 @@ def test_loss_head_equals_its_plain_twin(rows, frozen, monkeypatch):
         assert torch.allclose(results[0][2], results[1][2], atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+@pytest.mark.parametrize("trained", ["hidden", "weight", "both"])
+def test_log_probs_equal_their_plain_twin(rows, trained, temperature, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * 307 * 5})
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 48), torch.randn(307, 48)
+    targets, scale = torch.randint(0, 307, (rows,)), torch.randn(rows)
+    results = []
+    for function in (linear_log_probs, linear_log_probs_plain):
+        h, w = hidden.clone().requires_grad_(trained != "weight"), weight.clone().requires_grad_(trained != "hidden")
+        log_probs = function(h, w, targets, temperature)
+        (log_probs * scale).sum().backward()
+        results.append((log_probs.detach(), *(t.grad for t in (h, w) if t.requires_grad)))
+    assert results[0][0].dtype == torch.float32
+    assert all(torch.allclose(a, b, atol=2e-5, rtol=1e-6) for a, b in zip(*results, strict=True))
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.out, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("trained", "forward", "backward"), [("nothing", 1, 0), ("hidden", 2, 0), ("weight", 1, 2), ("both", 1, 3)]
+)
+def test_products_that_log_probs_cost(trained, forward, backward):
+    """A frozen head makes its gradient with the logits, once; a trained one makes the logits again."""
+    hidden = torch.randn(9, 16, requires_grad=trained in ("hidden", "both"))
+    weight = torch.randn(307, 16, requires_grad=trained in ("weight", "both"))
+    with Products() as products:
+        log_probs = linear_log_probs(hidden, weight, torch.arange(9))
+        assert products.count == forward
+        if log_probs.requires_grad:
+            log_probs.sum().backward()
+        assert products.count == forward + backward
+    with Products() as products, torch.no_grad():
+        assert torch.allclose(linear_log_probs(hidden, weight, torch.arange(9)), log_probs)
+    assert products.count == 1
+
+
 def test_loss_head_makes_no_gradient_in_an_evaluation():
     """One product, that of the logits, though the weight is trained; with gradients there are three."""
     hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(307, 16, requires_grad=True)
-    products = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (torch.ops.aten.mm.out, torch.ops.aten.mm.default):
-                products.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    with Products() as products:
         with torch.no_grad():
             loss = linear_cross_entropy(hidden, weight, torch.arange(9))
-        assert len(products) == 1
+        assert products.count == 1
         linear_cross_entropy(hidden, weight, torch.arange(9))
-        assert len(products) == 1 + 3
+        assert products.count == 1 + 3
     assert torch.allclose(loss, linear_cross_entropy_plain(hidden, weight, torch.arange(9)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_log_probs_survive_a_second_backward(trained):
+    h, w = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=trained)
+    log_probs = linear_log_probs(h, w, torch.arange(5))
+    (first,) = torch.autograd.grad(log_probs.sum(), h, retain_graph=True)
+    (second,) = torch.autograd.grad(2 * log_probs.sum(), h)
+    assert torch.allclose(second, 2 * first)
 
 
 def test_loss_head_survives_a_second_backward():

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-KINDS = ["full", "tied", "lora"]
+KINDS = ["full", "tied", "lora", "pair"]
 
 
 def run(engine: str, kind: str) -> None:

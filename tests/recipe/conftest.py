@@ -13,6 +13,9 @@ from llama_ft.recipe import load_recipe
 GOOD = "name: x\nmodel: {base: smollm2-135m}\ndata: [{use: llama-qa}]\ntemplate: chatml\n"
 """The shortest useful recipe; cases add lines from line 5 on."""
 
+ONLINE = ("grpo", "rloo", "rejection_sampling")
+REWARD = "rewards: [{function: exact_match}]\n"
+
 Report = Callable[..., list[str]]
 
 
@@ -37,3 +40,14 @@ def report(here: Path) -> Report:
         return []
 
     return problems
+
+
+def recipe(objective: str, *lines: str, rewards: bool | None = None) -> str:
+    """GOOD with an objective, what it needs, and more lines from line 6 on."""
+    with_rewards = objective in ONLINE if rewards is None else rewards
+    return (
+        GOOD
+        + f"training: {{objective: {objective}}}\n"
+        + "".join(f"{line}\n" for line in lines)
+        + REWARD * with_rewards
+    )

@@ -39,6 +39,25 @@ def test_what_an_engine_trains_is_not_refused():
     assert [one.key for one in unfit("FSDP", method="full", optimizer="adamw")] == ["launch"]
 
 
+@pytest.mark.parametrize("objective", ["reward", "grpo", "rloo", "rejection_sampling"])
+def test_what_needs_whole_weights_is_refused_by_name_where_they_are_cut(objective):
+    for engine in (*CUT, *WHOLE):
+        found = unfit(engine, method="lora", optimizer="adamw", objective=objective)
+        assert [one.key for one in found] == (["training.objective"] if engine in CUT else [])
+        assert all(engine in one.what for one in found)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_second_model_is_not_held_beside_shards(objective):
+    def found(engine: str, **keys: str) -> list[str]:
+        return [one.key for one in unfit(engine, optimizer="adamw", objective=objective, **keys)]
+
+    for engine in CUT:
+        assert found(engine, method="full", reference="copy") == ["preference.reference"]
+        assert found(engine, method="full", reference="precomputed") == found(engine, method="full") == []
+    assert found("ZeRO-2", method="full", reference="copy") == []
+
+
 def test_a_recipe_is_refused_where_the_method_is_written():
     with pytest.raises(UserError) as error:
         load_recipe("guanaco/smollm2-135m-qlora", ["launch=accelerate_configs/fsdp2.yaml"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,10 +11,11 @@ import pytest
 from llama_ft.data.cards import Hub, load_card
 from llama_ft.data.layouts import check_layout, read_example
 from llama_ft.data.problems import Problems
-from llama_ft.recipe import load_recipe
+from llama_ft.recipe import load_recipe, resolve
 from llama_ft.recipe.check_data import layout_fits
 from llama_ft.recipe.extends import shipped_recipes
 from llama_ft.recipe.lookup import shipped_cards
+from llama_ft.recipe.objectives import POLICY
 from llama_ft.recipe.schema import Data, Recipe
 from tests.conftest import ROOT
 
@@ -20,6 +23,7 @@ STARTING_POINTS = [name for name in shipped_recipes() if name.startswith("llama-
 """Recipes that reproduce nothing: what a user begins with."""
 FAMILIES = [name for name in shipped_recipes() if "/" in name and name not in STARTING_POINTS]
 TWINS = [name for name in FAMILIES if "smollm2" in name]
+ONLINE_STEPS = ("rejection_sampling", "rloo")
 PAGE = ROOT / "docs" / "families.md"
 
 
@@ -64,6 +68,11 @@ ORIGINALS = {
     "zephyr/llama-2-7b-sft-qlora": Numbers(2e-4, 1, 128, 2048, "cosine", 0.1, "zephyr", "responses"),
     "zephyr/llama-2-7b-dpo-full": Numbers(5e-7, 1, 128, 1024, "cosine", 0.1, "zephyr", "responses"),
     "zephyr/llama-2-7b-dpo-qlora": Numbers(5e-6, 1, 128, 1024, "cosine", 0.1, "zephyr", "responses"),
+    # arXiv 2307.09288 sections 3.1, 3.2.2 and 3.2.3; batches in documents, pairs and answers
+    "llama-2-chat/1-sft": Numbers(2e-5, 2, 64, 4096, "cosine", 0, "llama2-chat", "responses"),
+    "llama-2-chat/2-reward-helpful": Numbers(1e-5, 1, 512, 4096, "cosine", 0.03, "llama2-chat", "responses"),
+    "llama-2-chat/2-reward-safety": Numbers(1e-5, 1, 512, 4096, "cosine", 0.03, "llama2-chat", "responses"),
+    "llama-2-chat/4-rloo": Numbers(1e-6, 3, 512, 1024, "constant", 0, "llama2-chat", "responses"),
     # open-instruct docs/tulu3.md
     "tulu/llama-3.1-8b-sft": Numbers(5e-6, 2, 128, 4096, "linear", 0.03, "tulu", "responses"),
     "tulu/llama-3.1-8b-dpo": Numbers(5e-7, 1, 128, 2048, "linear", 0.1, "tulu", "responses"),
@@ -76,6 +85,7 @@ ADAPTERS: dict[str, tuple[str, int, int, float, Any]] = {
     "zephyr/llama-2-7b-sft-qlora": ("qlora", 16, 16, 0.05, "all-linear"),
     "zephyr/llama-2-7b-dpo-qlora": ("qlora", 128, 128, 0.05, "all-linear"),
 }
+_TOLD = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 _SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 _ALPACA = {"instruction": "i", "input": "", "output": "o"}
 _LOGGED = {"country": None, "hashed_ip": "0", "header": {"user-agent": "x"}, "redacted": False, "toxic": False}
@@ -88,7 +98,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "codeparrot-clean": {"repo_name": "r", "path": "p.py", "content": "x = 1", "license": "mit"},
     "dolly": {"instruction": "i", "context": "", "response": "o", "category": "open_qa"},
     "gpteacher": {"instruction": "i", "input": "", "response": "o"},
-    "hh-rlhf": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    **dict.fromkeys(("hh-rlhf", "hh-rlhf-helpful", "hh-rlhf-harmless"), _TOLD),
     "humaneval": {
         "task_id": "HumanEval/0",
         "prompt": "def f():",
@@ -117,7 +127,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "wildchat-1m": {"conversation_hash": "0", "conversation": [{**turn, **_LOGGED} for turn in _SAID], "turn": 1},
 }
 """One row of each hub set with the columns it is published with."""
-OWN_NUMBERS = ("code-llama/codellama-7b-instruct", *(name for name in TWINS if name not in ORIGINALS))
+OWN_NUMBERS = (
+    "code-llama/codellama-7b-instruct",
+    "llama-2-chat/3-rejection-sampling",
+    *(name for name in TWINS if name not in ORIGINALS),
+)
 """Recipes whose hyper-parameters no original states, or that are made for a laptop."""
 
 
@@ -168,6 +182,58 @@ def test_numbers_that_one_family_has_alone() -> None:
     }
 
 
+def test_llama_2_chat_has_the_papers_numbers() -> None:
+    """AdamW of the base model, 10 % of the peak for reward models; PPO's KL and whitening for RLOO."""
+    for name in (name for name in FAMILIES if name.startswith("llama-2-chat/") and name not in TWINS):
+        training = load_recipe(name).training
+        assert (training.betas, training.eps, training.weight_decay) == ([0.9, 0.95], 1e-5, 0.1)
+        assert training.max_grad_norm == 1.0 and training.final_rate == (0.1 if "reward" in name else 0)
+    safety = load_recipe("llama-2-chat/2-reward-safety").data
+    assert safety[1].limit == round((load_card("hh-rlhf-harmless").rows or {})["train"] / 9)  # one in ten is helpful
+    rloo, best = load_recipe("llama-2-chat/4-rloo"), load_recipe("llama-2-chat/3-rejection-sampling")
+    assert (rloo.policy.kl, rloo.policy.whiten, rloo.training.max_steps) == (0.01, True, 400)
+    assert best.sampling.answers == 10 and [one.weight for one in best.rewards] == [0.5, 0.5]
+    assert rloo.rewards == best.rewards
+
+
+def test_the_chain_of_a_laptop_names_the_runs_before_it() -> None:
+    steps = [f"llama-2-chat/smollm2-135m-{step}" for step in ("1-sft", "2-reward", "3-rejection-sampling", "4-rloo")]
+    sft, reward, best, rloo = map(load_recipe, steps)
+    assert [one.training.objective for one in (sft, reward, best, rloo)] == ["sft", "reward", *ONLINE_STEPS]
+    assert {one.rewards[0].model for one in (best, rloo)} == {f"{reward.run_dir}/merged"}
+    heads = {step: resolve(step).files[0].read_text(encoding="utf-8") for step in steps}
+    assert (
+        f"model.base={sft.run_dir}/merged" in heads[steps[1]] and f"model.base={sft.run_dir}/merged" in heads[steps[2]]
+    )
+    assert f"model.base={best.run_dir}/merged" in heads[steps[3]]
+
+
+def test_losses_are_the_originals() -> None:
+    zephyr = [load_recipe(f"zephyr/llama-2-7b-dpo-{method}").preference for method in ("full", "qlora")]
+    assert {(one.loss, one.beta, one.length_normalised) for one in zephyr} == {("sigmoid", 0.01, False)}
+    tulu = load_recipe("tulu/llama-3.1-8b-dpo").preference
+    assert (tulu.beta, tulu.length_normalised) == (5.0, True)
+
+
+def test_small_sums_can_be_checked_and_none_is_in_both_splits() -> None:
+    card = load_card("small-sums")
+    asked: dict[str, set[tuple[str, ...]]] = {}
+    for split, count in (card.rows or {}).items():
+        rows = [json.loads(line)["messages"] for line in card.file(split).read_text(encoding="utf-8").splitlines()]
+        assert len(rows) == count and len({question["content"] for question, _ in rows}) == count
+        asked[split] = set()
+        for question, answer in rows:
+            a, sign, b, equals, result = answer["content"].split()
+            assert equals == "=" and int(result) == {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[sign](
+                int(a), int(b)
+            )
+            assert set(re.findall(r"\d+", question["content"])) == {a, b}
+            asked[split].add((sign, a, b) if sign == "-" else (sign, *sorted((a, b))))
+    assert len(asked["heldout"]) > 40 and not asked["heldout"] & asked["train"]
+    form = load_recipe("grpo/smollm2-135m-sums").rewards[1].pattern
+    assert form is not None and re.fullmatch(form, "3 + 4 = 7") and not re.fullmatch(form, "it is 7")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_recipe_is_named_after_its_file_and_says_where_its_numbers_come_from(name: str) -> None:
     recipe = load_recipe(name)
@@ -193,7 +259,8 @@ def test_a_laptop_twin_is_small(name: str) -> None:
     assert (recipe.model.base, recipe.adapter.method) == ("smollm2-135m", method)
     assert recipe.adapter.dora == name.endswith("-dora")
     assert recipe.launch.endswith("accelerate_configs/cpu.yaml")
-    assert recipe.training.global_batch <= 32 and recipe.sequence.max_length <= 1024
+    documents = recipe.training.global_batch // (recipe.sampling.answers if recipe.training.objective in POLICY else 1)
+    assert documents <= 32 and recipe.sequence.max_length <= 1024
 
 
 @pytest.mark.parametrize("name", STARTING_POINTS)
@@ -205,8 +272,9 @@ def test_a_starting_point_is_for_one_card_and_for_a_model_that_knows_the_templat
     assert recipe.adapter.method == name.rpartition("-")[2]
 
 
-def test_alpaca_vicuna_code_and_guanaco_have_a_twin() -> None:
-    assert {"alpaca", "vicuna", "code-llama", "guanaco"} <= {name.split("/")[0] for name in TWINS}
+def test_most_families_have_a_twin() -> None:
+    found = {name.split("/")[0] for name in TWINS}
+    assert {"alpaca", "vicuna", "code-llama", "guanaco", "llama-2-chat", "zephyr", "kto", "grpo"} <= found
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("code") and name not in TWINS])

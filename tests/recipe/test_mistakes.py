@@ -62,7 +62,7 @@ NAMES = {
         GOOD + "model_parallel_zzz: 1\nsequence: {qqq: 1}\n",
         [
             "r.yaml:5:1: model_parallel_zzz: unknown key 'model_parallel_zzz' — valid keys: adapter, data, eval_data, "
-            "export, infilling, launch, mixture, model, name, output_dir, reproduces, sequence …",
+            "export, infilling, launch, mixture, model, name, output_dir, policy, preference …",
             "r.yaml:6:12: sequence.qqq: unknown key 'qqq' — valid keys here: max_length, "
             "max_truncated, overlong, packing, train_on",
         ],
@@ -396,11 +396,18 @@ COMBINATIONS = {
         good(data="[{use: llama-qa, weight: 0}, {use: alpaca, weight: 0.0}]"),
         ["r.yaml:3:1: data: every source has weight 0, there is nothing to train on — give one a weight above 0"],
     ),
+    "the better answers of pairs": (good(data="[{path: r.yaml, layout: preference}]"), []),
     "preference rows": (
-        good(data="[{path: r.yaml, layout: preference}]"),
+        good(data="[{path: r.yaml, layout: preference}]", training="{objective: kto}"),
         [
-            "r.yaml:3:23: data.0.layout: sft cannot train on preference rows — sft takes conversations and "
-            "text; dpo takes pairs, kto rated rows"
+            "r.yaml:3:23: data.0.layout: kto reads layout rated, not preference — use a set in layout rated",
+        ],
+    ),
+    "rated rows": (
+        good(data="[{path: r.yaml, layout: rated}]"),
+        [
+            "r.yaml:3:23: data.0.layout: sft cannot train on rated rows"
+            " — sft takes conversations, text and pairs; kto takes rated rows"
         ],
     ),
     "pretrain": (
@@ -410,20 +417,7 @@ COMBINATIONS = {
             " — write layout: text, or objective: sft",
         ],
     ),
-    "packing": (
-        GOOD + "sequence: {packing: true}\ntraining: {objective: reward}\n",
-        [
-            "r.yaml:5:12: sequence.packing: reward cannot pack, its documents stand alone"
-            " — write sequence: {packing: false}",
-        ],
-    ),
-    "packing by default": (
-        GOOD + "training: {objective: grpo}\n",
-        [
-            "r.yaml:5:12: training.objective: grpo cannot pack, its documents stand alone"
-            " — write sequence: {packing: false}",
-        ],
-    ),
+    "packing": (GOOD + "sequence: {packing: true}\ntraining: {objective: reward}\n", []),
     "split answers": (
         GOOD + "sequence: {packing: false, overlong: split}\ntraining: {objective: dpo}\n",
         [

@@ -12,15 +12,16 @@ from llama_ft.train.launch import launch_command
 
 
 def test_validate_says_so_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    validate_recipes(["quickstart", "training.objective=kto", "sequence.packing=false"])
-    assert capsys.readouterr().out == "quickstart\t-\tlora\tsmollm2-135m\tthis version cannot train kto yet\n"
+    validate_recipes(["quickstart", "training.objective=pretrain"])
+    assert capsys.readouterr().out == "quickstart\t-\tlora\tsmollm2-135m\tthis version cannot train pretrain yet\n"
 
 
 def test_training_is_refused_with_all_reasons_at_their_places() -> None:
     with pytest.raises(UserError) as error:
-        launch_command("quickstart", ["training.objective=kto", "sequence.packing=false"], [])
+        launch_command("quickstart", ["training.objective=pretrain"], [])
     assert [str(problem) for problem in error.value.problems] == [
-        "override 1: training.objective: this version cannot train kto yet — it trains sft",
+        "override 1: training.objective: this version cannot train pretrain yet — it trains sft, reward, dpo, kto, "
+        "orpo, simpo, grpo, rloo, rejection_sampling",
     ]
 
 

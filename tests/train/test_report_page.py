@@ -222,6 +222,21 @@ def test_a_long_curve_keeps_its_peaks_and_its_mean():
     assert len(html) < 100_000
 
 
+def test_two_lines_and_bars_of_errors():
+    line, other = [(step, 0.1 * step) for step in range(1, 31)], [(step, -0.1 * step) for step in range(1, 31)]
+    html = curve_html(Curve("Two", line, "", other, "rejected", smooth=True, paired=True, line_name="chosen"))
+    assert html.count('<path class="line"') == html.count('<path class="held"') == 2  # one each, and one in the legend
+    assert "dots" not in html and 'class="raw"' not in html
+    assert "chosen 0.1 at step 1, 3 at step 30; rejected -0.1 at step 1, -3 at step 30." in html
+    assert "chosen 1 · rejected -1" in html
+    long = curve_html(Curve("Two", line * 900, "", other * 900, "rejected", paired=True))
+    assert len(long) < 100_000
+    bars = curve_html(Curve("Best", [(1, 0.0), (2, 1.0)], by="k", errors=[(1, 0.5), (2, math.nan)]))
+    assert bars.count('class="raw"') == 1 and 'data-by="k"' in bars and "0 ± 0.5 at k 1" not in bars
+    assert "<span>-0.6</span>" in bars or "<span>-0.5</span>" in bars, "the axis encloses the bar"
+    assert "[1,&quot;0 ± 0.5&quot;]" in bars
+
+
 def test_numbers_for_people():
     assert [number(value) for value in (0, 3, 1234567, 3.14159, 0.0001234, 4567.8, -0.5)] == [
         "0", "3", "1,234,567", "3.142", "1.23e-4", "4,568", "-0.5",

@@ -25,6 +25,7 @@ BAD_CALL = "function call is not JSON"
 SAME_ANSWERS = "chosen equals rejected"
 OTHER_PROMPTS = "chosen and rejected answer different prompts"
 RATED_LOWER = "chosen is rated below rejected"
+RATED_ALIKE = "chosen and rejected are rated alike"
 
 LEADING_ANSWER = "leading assistant turn removed"
 """A note, not a drop: the row is kept without that turn."""

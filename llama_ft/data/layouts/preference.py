@@ -16,6 +16,7 @@ from llama_ft.data.layouts.chat import in_order, one_system, read_message, read_
 from llama_ft.data.layouts.common import (
     OTHER_PROMPTS,
     OUT_OF_ORDER,
+    RATED_ALIKE,
     RATED_LOWER,
     SAME_ANSWERS,
     Row,
@@ -69,8 +70,8 @@ def read_preference(row: Row) -> Example | None:
                 return None
         if pair.chosen == pair.rejected:
             dropped = SAME_ANSWERS
-        elif margin is not None and margin < 0:
-            dropped = RATED_LOWER
+        elif margin is not None and margin <= 0:
+            dropped = RATED_LOWER if margin else RATED_ALIKE
         dropped = why_drop(better) or why_drop(worse) or dropped
     return Example(better, tools=tools, rejected=worse, margin=margin, dropped=dropped, notes=pair.notes)
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
+from llama_ft.data.page.tokens import Token
 from llama_ft.data.page.write import PageDocument, PageView, page_document, write_page
 from llama_ft.data.prepare import Prepared, column
 from llama_ft.data.preview import read_training
 from llama_ft.data.render import MASKED
+from llama_ft.data.shared import in_common, whole_lengths
+from llama_ft.recipe.objectives import ONLINE
 from llama_ft.recipe.schema import Recipe
 
 DOCUMENTS = 40
@@ -30,7 +33,12 @@ def write_preview_page(path: Path, recipe: Recipe, prepared: Prepared, *, limit:
     kept, dropped = _documents(prepared, end, limit or DOCUMENTS)
     labels = [source.label for source in prepared.job.train]
     sources = column(prepared.train, "source")
-    packed = recipe.sequence.packing and len(prepared.mixture) > 0
+    # What lies behind a prompt whose answers are yet to be sampled is not known.
+    known = recipe.training.objective not in ONLINE
+    packed = recipe.sequence.packing and known and len(prepared.mixture) > 0
+    lengths = prepared.lengths
+    if "rejected_ids" in prepared.train.column_names:
+        lengths = whole_lengths(prepared.train).max(axis=1, initial=0)
     view = PageView(
         recipe_name=recipe.name,
         template=prepared.template.name,
@@ -40,7 +48,7 @@ def write_preview_page(path: Path, recipe: Recipe, prepared: Prepared, *, limit:
         dropped=dropped,
         packs=[_first_pack(prepared, end, min(IN_A_PACK, recipe.training.global_batch))] if packed else [],
         lengths={
-            label: prepared.lengths[np.isin(sources, [n for n, one in enumerate(labels) if one == label])].tolist()
+            label: lengths[np.isin(sources, [n for n, one in enumerate(labels) if one == label])].tolist()
             for label in dict.fromkeys(labels)
         },
         end_token_id=end,
@@ -76,14 +84,26 @@ def _documents(prepared: Prepared, end: int | None, limit: int) -> tuple[list[Pa
 
 def _first_pack(prepared: Prepared, end: int | None, documents: int) -> list[PageDocument]:
     """The first documents of the first step, laid end to end as a packed micro-batch lays them."""
-    rows = prepared.train.select(prepared.mixture.order(0)[:documents].tolist())
+    rows = prepared.train.select(prepared.mixture.order(0)[:documents].tolist()).with_format("numpy")
     labels = [source.label for source in prepared.job.train]
     pack = []
     for one in rows:
-        stream = DecodeStream(skip_special_tokens=False)
-        pieces = [stream.step(prepared.tokenizer.backend_tokenizer, token) or "" for token in one["input_ids"]]
-        labelled = [label != MASKED for label in one["labels"]]
-        ends = [token == end for token in one["input_ids"]]
-        tokens = list(zip(pieces, labelled, ends, strict=True))
-        pack.append(PageDocument(labels[one["source"]], one["row"], tokens, None, False, None, one["input_ids"]))
+        ids, targets = one["input_ids"], one["labels"]
+        tokens = _decoded(prepared, ids, targets, end)
+        document = PageDocument(labels[one["source"]], int(one["row"]), tokens, None, False, None, ids.tolist())
+        if "rejected_ids" in one:
+            others, other_targets = one["rejected_ids"], one["rejected_labels"]
+            document.rejected = _decoded(prepared, others, other_targets, end)
+            document.rejected_ids = others.tolist()
+            document.shared = in_common(ids, targets, others, other_targets)
+        pack.append(document)
     return pack
+
+
+def _decoded(prepared: Prepared, ids: np.ndarray, labels: np.ndarray, end: int | None) -> list[Token]:
+    """The tokens of a prepared document, whose text is not kept."""
+    stream = DecodeStream(skip_special_tokens=False)
+    pieces = [stream.step(prepared.tokenizer.backend_tokenizer, token) or "" for token in ids.tolist()]
+    labelled = (labels != MASKED).tolist()
+    labelled[0] = False  # nothing predicts a document's first token
+    return list(zip(pieces, labelled, (ids == end).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Tokens as HTML: a document, a pair side by side, the documents of a pack end to end.
+"""Tokens as HTML: a document, or a pair side by side.
 
 Neighbouring tokens of one kind share an element (a *run*), so that a long document is a few hundred elements. Its
 `data-t` says where the tokens lie, `length:id` each, lengths in UTF-16 units as scripts count; page.js cuts a run into
@@ -72,49 +72,9 @@ def document_html(document: PageDocument, source: int, labels: dict[str, str]) -
     )
 
 
-def pack_html(number: int, documents: Sequence[PageDocument], labels: dict[str, str]) -> str:
-    """A pack: where its documents begin, drawn to scale and in numbers, then their tokens end to end."""
-    lengths = [len(document.ids) for document in documents]
-    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    total = max(starts[-1], 1)
-    bars = "".join(_bars(document, start, 1000 / total) for document, start in zip(documents, starts, strict=False))
-    flow = []
-    for i, (document, start) in enumerate(zip(documents, starts, strict=False), 1):
-        what = f"row {document.row} of {safe(labels[document.source])}, positions 0–{len(document.ids) - 1}"
-        tokens = _runs(document.tokens, document.ids, _where(document), place=start, inline=True)
-        flow.append(f'<span class="edge"><b>{i}</b> {what}</span>{tokens}')
-    return (
-        f'<article class="pack{" long" if starts[-1] > LONG else ""}">'
-        f"<header><h3>Pack {number}</h3>"
-        f"<p>{plural(len(documents), 'document')}, {plural(starts[-1], 'token')}</p></header>"
-        f'<svg class="ribbon" viewBox="0 0 1000 18" preserveAspectRatio="none" role="img" '
-        f'aria-label="Pack {number} to scale: where its documents begin, and where they carry loss">{bars}</svg>'
-        f'<p class="starts"><code>cu_seqlens</code> {", ".join(map(str, starts))}</p>'
-        f'<div class="flow fold" dir="auto">{"".join(flow)}</div></article>\n'
-    )
-
-
-def _bars(document: PageDocument, start: int, scale: float) -> str:
-    """A document of a pack in the drawing: a line where it begins, and its stretches with and without loss."""
-    parts, at = [], start
-    for loss, run in groupby(document.tokens, key=lambda token: token[1]):
-        length = len(list(run))
-        place = f'x="{at * scale:.2f}" y="4" width="{length * scale:.2f}" height="14"'
-        parts.append(f'<rect class="{"loss" if loss else "context"}" {place}/>')
-        at += length
-    parts.append(f'<path d="M{start * scale:.2f} 0V18"/>')
-    words = f"row {document.row}: {plural(len(document.ids), 'token')}"
-    return f"<g><title>{words}</title>{''.join(parts)}</g>"
-
-
 def _pair(document: PageDocument) -> str:
     """What both answers share once, then the two ends beside each other."""
-    better, worse = document.tokens, document.rejected or []
-    shared = 0
-    for one, other in zip(better, worse, strict=False):
-        if one != other or one[1]:
-            break
-        shared += 1
+    better, worse, shared = document.tokens, document.rejected or [], document.shared
     prompt = _body(better[:shared], document.ids[:shared], document) if shared else ""
     sides = "".join(
         f"<section><h5>{name}</h5>{_body(tokens[shared:], ids[shared:], document, start=shared, name=name)}</section>"
@@ -130,14 +90,15 @@ def _body(
         return '<p class="empty">no text</p>'
     if not document.ids:  # dropped before it was tokenised: its text alone
         return f'<div class="tokens fold raw" dir="auto">{escape("".join(visible(token[0]) for token in tokens))}</div>'
-    return _runs(tokens, ids, f"{_where(document)} {name}".strip(), start=start)
+    return runs(tokens, ids, f"{where_of(document)} {name}".strip(), start=start)
 
 
-def _where(document: PageDocument) -> str:
+def where_of(document: PageDocument) -> str:
+    """A document's name inside its set."""
     return f"row {document.row}"
 
 
-def _runs(
+def runs(
     tokens: Iterable[Token],
     ids: Sequence[int],
     where: str,
@@ -174,7 +135,7 @@ def _counts(document: PageDocument) -> str:
         better, worse = (sum(loss for _, loss, _ in tokens) for tokens in (document.tokens, document.rejected))
         return (
             f"chosen {plural(len(document.tokens), 'token')}, {better:,} with loss; "
-            f"rejected {plural(len(document.rejected), 'token')}, {worse:,} with loss"
+            f"rejected {plural(len(document.rejected), 'token')}, {worse:,} with loss; {document.shared:,} for both"
         )
     labelled = sum(loss for _, loss, _ in document.tokens)
     return f"{plural(len(document.ids), 'token')}, {labelled:,} with loss"

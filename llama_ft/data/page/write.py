@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from llama_ft.data.documents import OVERLONG
 from llama_ft.data.page.counts import counts_html, faults_html, reason_html, reasons, summary
 from llama_ft.data.page.lengths import Beyond, lengths_html
+from llama_ft.data.page.packs import packs_html
 from llama_ft.data.page.shell import whole_page
-from llama_ft.data.page.tokens import Token, document_html, pack_html, plural, safe
+from llama_ft.data.page.tokens import Token, document_html, plural, safe
 from llama_ft.data.render import MASKED
 from llama_ft.errors import UserError
 
@@ -28,8 +29,9 @@ class PageDocument:
     """One document to show. `tokens` are (its text, carries loss, is the end token), as many as `ids`.
 
     A row that was dropped before it was tokenised has no ids, and its text as the one token. `rejected`: of a
-    preference pair, the worse answer's tokens beside the better one's. `part` counts the parts of a split row,
-    `refusal` is what the template said when it refused the row.
+    preference pair, the prompt with the worse answer beside that with the better one, and `shared` the tokens at the
+    start that are computed once for both. `part` counts the parts of a split row, `refusal` is what the template said
+    when it refused the row.
     """
 
     source: str
@@ -40,13 +42,17 @@ class PageDocument:
     rejected: list[Token] | None
     ids: list[int]
     rejected_ids: list[int] = field(default_factory=list)
+    shared: int = 0
     part: int = 0
     refusal: str | None = None
 
 
 @dataclass
 class PageView:
-    """What a page shows. `packs`: documents of a micro-batch, end to end; `lengths`: per set, of its kept documents."""
+    """What a page shows. `packs`: documents of a micro-batch, end to end; `lengths`: per set, of its kept documents.
+
+    A pair's length is that of the longer of its two documents, which max_length bounds.
+    """
 
     recipe_name: str
     template: str
@@ -81,6 +87,7 @@ def page_document(
         rejected=None if rejected is None else _tokens(rejected, end_token_id, decode),
         ids=document.ids.tolist(),
         rejected_ids=[] if rejected is None else rejected.ids.tolist(),
+        shared=0 if rejected is None else document.shared,
         part=getattr(document, "part", 0),
         refusal=getattr(document, "refusal", None),
     )
@@ -164,7 +171,10 @@ def _lengths(view: PageView, names: dict[str, str]) -> str:
         of_set.dropped += sum(one.dropped.get(reason, 0) for reason in TOO_LONG)
         of_set.cut += one.truncated
     body = lengths_html(view.lengths, beyond, view.max_length, names)
-    return body and _section("lengths", "Lengths", "Kept documents by their number of tokens.", body)
+    words = "Kept documents by their number of tokens."
+    if any(document.rejected is not None for document in view.documents):
+        words = "Kept pairs by their number of tokens: of the prompt with the longer of its two answers."
+    return body and _section("lengths", "Lengths", words, body)
 
 
 LEGEND = (
@@ -197,8 +207,8 @@ def _documents(view: PageView, names: dict[str, str], numbers: dict[str, int]) -
 def _packs(view: PageView, names: dict[str, str]) -> str:
     if not view.packs:
         return ""
-    words = "Documents of a micro-batch lie end to end. None sees another; positions begin again at 0 with each."
-    return _section("packs", "Packs", words, "".join(pack_html(i, pack, names) for i, pack in enumerate(view.packs, 1)))
+    words, body = packs_html(view.packs, names)
+    return _section("packs", "Packs", words, body)
 
 
 def _dropped(view: PageView, names: dict[str, str], numbers: dict[str, int]) -> str:

@@ -29,7 +29,11 @@ WIDTH, HEIGHT = 1000, 400
 
 @dataclass
 class Curve:
-    """One figure: a line, and points of another measure on the same axes. `unit` follows the values in the readout."""
+    """One figure: a line, and points of another measure on the same axes. `unit` follows the values in the readout.
+
+    name: HTML. paired: the points are a second line, drawn as the first, whose own name is `line_name`. by: what the
+    axis counts. errors: standard errors of values of the line, drawn as bars.
+    """
 
     name: str
     line: Series
@@ -40,12 +44,21 @@ class Curve:
     from_zero: bool = False
     percent: bool = False
     large: bool = False
+    paired: bool = False
+    line_name: str = "training"
+    by: str = "step"
+    errors: Series = field(default_factory=list)
 
     def said(self, value: float) -> str:
         """A value as the page writes it."""
         if self.unit == NATS:
             return f"{loss(value)}{self.unit}"
         return f"{value:.1%}" if self.percent else f"{number(value)}{self.unit}"
+
+    def said_at(self, step: int, value: float) -> str:
+        """A value of the line with its error, where that is known."""
+        error = dict(self.errors).get(step, math.nan)
+        return f"{self.said(value)} ± {self.said(error)}" if math.isfinite(error) else self.said(value)
 
 
 def curve_html(curve: Curve) -> str:
@@ -55,7 +68,9 @@ def curve_html(curve: Curve) -> str:
     if not line and not points:
         return ""
     smooth = smoothed(line) if curve.smooth and len(line) >= 5 else []
+    errors = {step: error for step, error in curve.errors if math.isfinite(error)}
     values = [value for _, value in [*line, *points]]
+    values += [value + sign * errors[step] for step, value in line if step in errors for sign in (-1, 1)]
     ticks = axis(min(values), max(values), from_zero=curve.from_zero)
     low, high = ticks[0], ticks[-1]
     steps = [step for step, _ in [*line, *points]]
@@ -64,10 +79,17 @@ def curve_html(curve: Curve) -> str:
     place = lambda pair: (x(pair[0]) * WIDTH, HEIGHT * (1 - (pair[1] - low) / (high - low)))  # noqa: E731
 
     drawn = [f'<path class="rule" d="M0 {HEIGHT * i / (len(ticks) - 1):.1f}h{WIDTH}"/>' for i in range(len(ticks))]
-    drawn.append(_path("raw" if smooth else "line", map(place, thinned(line))))
+    for step, value in line:
+        if step in errors:
+            (across, down), (_, up) = place((step, value - errors[step])), place((step, value + errors[step]))
+            drawn.append(f'<path class="raw" d="M{across:.1f} {down:.1f}V{up:.1f}"/>')
+    if not (curve.paired and smooth):
+        drawn.append(_path("raw" if smooth else "line", map(place, thinned(line))))
     if smooth:
         drawn.append(_path("line", map(place, smooth)))
-    if points:
+    if points and curve.paired:
+        drawn.append(_path("held", map(place, smoothed(points) if smooth else thinned(points))))
+    elif points:
         drawn.append(_path("held", map(place, points)))
         # A stroke without length and with round ends is a dot that stretching leaves round.
         dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in map(place, points))
@@ -81,11 +103,12 @@ def curve_html(curve: Curve) -> str:
     missing = f' <span class="lost">{plural(lost, "value")} not finite.</span>' if lost else ""
     words = _in_words(curve, line, points)
     legend = _legend(curve, smooth=bool(smooth), points=bool(points))
+    told = _data(curve, line, smooth, points)
     return (
-        f'<figure class="curve{" large" if curve.large else ""}" data-points="{_data(curve, line, smooth, points)}">'
+        f'<figure class="curve{" large" if curve.large else ""}" data-by="{curve.by}" data-points="{told}">'
         f"<figcaption><strong>{curve.name}</strong> <span>{words}{missing}</span>{legend}</figcaption>"
         f'<div class="chart"><div class="scale" aria-hidden="true">{scale}</div>'
-        f'<div class="plot" tabindex="0" role="img" aria-label="{curve.name} by step. {words}">'
+        f'<div class="plot" tabindex="0" role="img" aria-label="{curve.name} by {curve.by}. {words}">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
         f"{''.join(drawn)}</svg></div>"
         f'<svg class="steps" aria-hidden="true">{marks}</svg></div>'
@@ -169,25 +192,29 @@ def _in_words(curve: Curve, line: Series, points: Series) -> str:
     def said(series: Series) -> str:
         (first, start), (last, end) = series[0], series[-1]
         if first == last:
-            return f"{curve.said(end)} at step {last:,}"
-        return f"{curve.said(start)} at step {first:,}, {curve.said(end)} at step {last:,}"
+            return f"{curve.said(end)} at {curve.by} {last:,}"
+        return f"{curve.said(start)} at {curve.by} {first:,}, {curve.said(end)} at {curve.by} {last:,}"
 
-    parts = [said(line)] if line else []
+    parts = [f"{curve.line_name} {said(line)}" if curve.paired else said(line)] if line else []
     if points:
         parts.append(f"{curve.points_name} {said(points)}")
     return "; ".join(parts) + "."
 
 
 def _legend(curve: Curve, *, smooth: bool, points: bool) -> str:
-    items = [("raw", "each step"), ("line", "smoothed")] if smooth else []
-    if points:
-        items += [] if smooth else [("line", "training")]
+    if curve.paired:
+        how = ", smoothed" if smooth else ""
+        items = [("line", f"{curve.line_name}{how}"), ("held", f"{curve.points_name}{how}")]
+    else:
+        items = [("raw", "each step"), ("line", "smoothed")] if smooth else []
+    if points and not curve.paired:
+        items += [] if smooth or not curve.line else [("line", "training")]
         items.append(("held", curve.points_name))
     if not items:
         return ""
     keys = "".join(
         f'<li><svg viewBox="0 0 24 8" aria-hidden="true"><path class="{kind}" d="M0 4h24"/>'
-        + ('<path class="dots" d="M12 4h0"/>' if kind == "held" else "")
+        + ('<path class="dots" d="M12 4h0"/>' if kind == "held" and not curve.paired else "")
         + f"</svg>{name}</li>"
         for kind, name in items
     )
@@ -195,15 +222,17 @@ def _legend(curve: Curve, *, smooth: bool, points: bool) -> str:
 
 
 def _data(curve: Curve, line: Series, smooth: Series, points: Series) -> str:
-    """[[step, what is said of it], …] as an attribute: at most SHOWN steps, and all that have a point."""
+    """[[step, what is said of it], …] as an attribute: at most SHOWN steps, and all that have a point of their own."""
     held, soft = dict(points), dict(smooth)
     stride = max(1, math.ceil(len(line) / SHOWN))
-    steps = sorted({step for step, _ in line[::stride]} | set(held) | {line[-1][0]} if line else set(held))
+    also = set() if curve.paired and line else set(held)
+    steps = sorted({step for step, _ in line[::stride]} | also | {line[-1][0]} if line else also)
     exact = dict(line)
+    named = f"{curve.line_name} " if curve.paired else ""
     rows = []
     for step in steps:
-        parts = [curve.said(exact[step])] if step in exact else []
-        if step in soft:
+        parts = [f"{named}{curve.said_at(step, exact[step])}"] if step in exact else []
+        if step in soft and not curve.paired:
             parts.append(f"smoothed {curve.said(soft[step])}")
         if step in held:
             parts.append(f"{curve.points_name} {curve.said(held[step])}")
@@ -216,11 +245,12 @@ def _values(curve: Curve, line: Series, points: Series) -> str:
     steps = sorted(exact.keys() | held.keys())
     stride = max(1, math.ceil(len(steps) / ROWS))
     chosen = sorted({*steps[::stride], steps[-1], *(list(held) if len(held) <= ROWS else [])})
-    head = ["step", *(["value"] if exact else []), *([curve.points_name] if held else [])]
+    value = curve.line_name if curve.paired else "value"
+    head = [curve.by, *([value] if exact else []), *([curve.points_name] if held else [])]
     rows = [
         [
             f"{step:,}",
-            *([curve.said(exact[step]) if step in exact else "–"] if exact else []),
+            *([curve.said_at(step, exact[step]) if step in exact else "–"] if exact else []),
             *([curve.said(held[step]) if step in held else "–"] if held else []),
         ]
         for step in chosen

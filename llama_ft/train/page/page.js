@@ -18,7 +18,7 @@
       cursor.hidden = said.hidden = at < 0;
       if (at < 0) return;
       const [step, words] = rows[at], x = share(rows[at]) * plot.clientWidth;
-      said.textContent = `step ${step.toLocaleString("en")}: ${words}`;
+      said.textContent = `${figure.dataset.by} ${step.toLocaleString("en")}: ${words}`;
       cursor.style.left = `${x}px`;
       said.style.left = `${Math.max(0, Math.min(x - said.offsetWidth / 2, plot.clientWidth - said.offsetWidth))}px`;
     }

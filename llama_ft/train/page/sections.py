@@ -12,27 +12,24 @@ from llama_ft.data.page.tokens import plural, safe
 from llama_ft.data.page.write import short_names
 from llama_ft.data.report import Report
 from llama_ft.export.table import proof_rows
-from llama_ft.train.page.curves import NATS, Curve, curve_html
+from llama_ft.train.page import alignment
+from llama_ft.train.page.curves import Curve, curve_html
 from llama_ft.train.page.gather import ReportView
-from llama_ft.train.page.html import duration, facts, loss, number, section, table, text
+from llama_ft.train.page.html import duration, facts, number, section, table, text
 
 GIB = 2**30
 
 
 def numbers(view: ReportView) -> str:
     """The run in eight figures; those that it did not log are left out."""
-    pairs = [("steps", _steps(view))]
-    for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss")):
-        series = [value for _, value in view.series(key)]
-        if series:
-            both = loss(series[0]) + (f" → <b>{loss(series[-1])}</b>" if len(series) > 1 else "")
-            pairs.append((name, both))
-    labelled = view.series("labelled_tokens")
-    pairs.append(("labelled tokens", f"{labelled[-1][1]:,.0f}" if labelled else ""))
+    pairs = [("steps", _steps(view)), *alignment.numbers(view)]
+    tokens, total, rate = alignment.rate_of(view)
+    counted = view.series(total)
+    pairs.append((tokens, f"{counted[-1][1]:,.0f}" if counted else ""))
     seconds = sum(value for _, value in view.series("seconds") + view.series("eval_seconds"))
     pairs.append(("time in steps and evaluations", duration(seconds) if seconds else ""))
-    rates = _finite(view, "labelled_tokens_per_second")
-    pairs.append(("labelled tokens/s, median", number(median(rates), 3) if rates else ""))
+    rates = _finite(view, rate)
+    pairs.append((f"{tokens}/s, median", number(median(rates), 3) if rates else ""))
     fractions = _finite(view, "fraction_of_machine")
     pairs.append(("of the machine, median", f"{median(fractions):.0%}" if fractions else ""))
     memory = _finite(view, "memory_gib")
@@ -50,18 +47,20 @@ def _finite(view: ReportView, key: str) -> list[float]:
 
 
 def curves(view: ReportView) -> str:
-    """Losses large, then learning rate, gradient norm, rate, memory, fraction of the machine."""
+    """Those of the objective, then learning rate, gradient norm, rate, memory, fraction of the machine."""
     s = view.series
+    tokens, _, rate = alignment.rate_of(view)
     figures = [
-        Curve("Loss", s("loss"), NATS, s("eval_loss"), "held-out", smooth=True, large=True),
+        *alignment.figures(view),
         Curve("Learning rate", s("learning_rate"), from_zero=True),
         Curve("Gradient norm", s("grad_norm"), from_zero=True, smooth=True),
-        Curve("Labelled tokens per second", s("labelled_tokens_per_second"), from_zero=True, smooth=True),
+        Curve(f"{tokens.capitalize()} per second", s(rate), from_zero=True, smooth=True),
         Curve("Fraction of the machine", s("fraction_of_machine"), from_zero=True, smooth=True, percent=True),
         Curve("Memory", s("memory_gib"), " GiB", from_zero=True),
     ]
     drawn = "".join(map(curve_html, figures))
-    about = "Point at a curve, or step along it with the arrow keys, to read its values. Loss: nats per labelled token."
+    about = "Point at a curve, or step along it with the arrow keys, to read its values."
+    about = f"{about} {alignment.about(view.recipe)}".strip()
     return section("curves", "Curves", about, drawn and f'<div class="curves">{drawn}</div>')
 
 
@@ -74,14 +73,14 @@ def answers(view: ReportView) -> str:
         during = sample.get("during")
         during = during if isinstance(during, dict) else {}
         steps = sorted(during, key=lambda step: (int(step) if step.isdigit() else math.inf, step))
-        rows = [_answer("reference", sample["reference"])] if sample.get("reference") else []
-        rows += [_answer("before", sample["before"])] if "before" in sample else []
+        rows = [answer_row("reference", sample["reference"])] if sample.get("reference") else []
+        rows += [answer_row("before", sample["before"])] if "before" in sample else []
         if len(steps) > 3 and "after" in sample:
-            shown = f"<dl>{''.join(_answer(f'step {safe(step)}', during[step]) for step in steps)}</dl>"
+            shown = f"<dl>{''.join(answer_row(f'step {safe(step)}', during[step]) for step in steps)}</dl>"
             rows.append(f"<div><details><summary>{len(steps)} answers on the way</summary>{shown}</details></div>")
         else:
-            rows += [_answer(f"step {safe(step)}", during[step]) for step in steps]
-        rows += [_answer("after", sample["after"])] if "after" in sample else []
+            rows += [answer_row(f"step {safe(step)}", during[step]) for step in steps]
+        rows += [answer_row("after", sample["after"])] if "after" in sample else []
         question = f'<p class="asked" dir="auto">{text(sample.get("question", ""))}</p>'
         articles.append(
             f'<article class="sample"><h3>Question {place}</h3>{question}<dl>{"".join(rows)}</dl></article>'
@@ -92,10 +91,10 @@ def answers(view: ReportView) -> str:
     return section("answers", "Answers", about, "".join(articles))
 
 
-def _answer(when: str, said: Any) -> str:
-    kind = when.partition(" ")[0]
+def answer_row(when: str, said: Any, kind: str = "", more: str = "") -> str:
+    """An answer in a list of them. `when` and `more`, which follows it, are HTML; kind: class, else the first word."""
     shown = f'<span dir="auto">{text(said)}</span>' if str(said).strip() else '<span class="none">no answer</span>'
-    return f'<div class="{kind}"><dt>{when}</dt><dd>{shown}</dd></div>'
+    return f'<div class="{kind or when.partition(" ")[0]}"><dt>{when}</dt><dd>{shown}{more}</dd></div>'
 
 
 def data(view: ReportView) -> str:

@@ -8,11 +8,14 @@ from pathlib import Path
 from llama_ft.data.page.shell import whole_page
 from llama_ft.data.page.tokens import plural, safe
 from llama_ft.errors import UserError
+from llama_ft.export.card_objective import settings as objective_settings
 from llama_ft.files import write_text
+from llama_ft.recipe.objectives import POLICY, READS
 from llama_ft.recipe.run import Run
-from llama_ft.train.page import sections
+from llama_ft.recipe.schema import Recipe
+from llama_ft.train.page import alignment, sampled, sections
 from llama_ft.train.page.gather import ReportView, gather
-from llama_ft.train.page.html import facts, loss, number
+from llama_ft.train.page.html import facts, number
 
 HERE = Path(__file__).parent
 
@@ -36,9 +39,14 @@ def report_run(path: Path) -> None:
 
 def page(view: ReportView) -> str:
     """The whole page."""
+    scores = view.objective == "reward"
+    asked = ("scores", "Scores", sampled.scores(view)) if scores else ("answers", "Answers", sections.answers(view))
     parts = [
         ("curves", "Curves", sections.curves(view)),
-        ("answers", "Answers", sections.answers(view)),
+        ("accuracy", "Accuracy", sampled.accuracy(view)),
+        ("best", "Best of K", sampled.best_of_k(view)),
+        ("drawn", "Drawn answers", sampled.drawn(view)),
+        asked,
         ("data", "Data", sections.data(view)),
         ("plan", "Plan", sections.plan(view)),
         ("proof", "Proof", sections.proof(view)),
@@ -51,7 +59,7 @@ def page(view: ReportView) -> str:
         title=f"{name}: report of a run",
         header=f"""<a class="skip" href="#content">Skip to the content</a>
 <header class="page"><p class="kind">llama-ft report · {_when(view)}</p><h1>{name}</h1>
-<p class="lede">{_lede(view)}</p>{_settings(view)}{sections.numbers(view)}</header>""",
+<p class="lede">{alignment.lede(view)}</p>{_settings(view)}{sections.numbers(view)}</header>""",
         notes=_state(view) + _warnings(view),
         sections=parts,
     )
@@ -68,27 +76,6 @@ def _when(view: ReportView) -> str:
     return f"{state} {date}" if stamp and state else f"{state + ', ' if state else ''}written {date}"
 
 
-def _lede(view: ReportView) -> str:
-    """The run in two sentences."""
-    recipe = view.recipe
-    said = []
-    if recipe is not None:
-        method = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}[recipe.adapter.method]
-        documents = view.lock.get("documents")
-        on = f" on {plural(documents, 'document')}" if isinstance(documents, int) else ""
-        said.append(f"{safe(recipe.model.base)}, tuned with {method}{on}.")
-    for key, name in (("eval_loss", "held-out loss"), ("loss", "training loss")):
-        series = view.series(key)
-        if len(series) > 1:
-            (_, first), (last_step, last) = series[0], series[-1]
-            way = "fell" if last < first else "did not fall: it went"
-            said.append(f"The {name} {way} from {loss(first)} to <b>{loss(last)}</b> in {plural(last_step, 'step')}.")
-            break
-    else:
-        said.append("Nothing has been measured yet.")
-    return " ".join(said)
-
-
 def _settings(view: ReportView) -> str:
     recipe, lock = view.recipe, view.lock
     if recipe is None:
@@ -96,17 +83,25 @@ def _settings(view: ReportView) -> str:
     adapter, training = recipe.adapter, recipe.training
     method = "full" if adapter.method == "full" else f"{adapter.method}, r {adapter.r}, alpha {number(adapter.alpha)}"
     cut = [lock.get(key) for key in ("micro_batch", "accumulation", "world_size")]
-    batch = f"{training.global_batch}" + (f" = {' × '.join(map(str, cut))}" if all(cut) else "")
     pairs = [
         ("method", safe(method)),
-        ("objective", safe(training.objective)),
+        ("objective", safe(objective_settings(recipe) if training.objective in READS else training.objective)),
         ("template", safe(recipe.template)),
         ("max_length", f"{recipe.sequence.max_length:,}"),
-        ("global batch", safe(batch)),
+        ("global batch", safe(_batch(recipe, cut))),
         ("learning rate", f"{number(training.learning_rate)}, {safe(training.schedule)}"),
         ("optimizer", safe(training.optimizer)),
     ]
     return facts(pairs, "settings")
+
+
+def _batch(recipe: Recipe, cut: list[object]) -> str:
+    """A step's size and how it is cut; of sampled answers a micro-batch counts prompts."""
+    objective, size = recipe.training.objective, recipe.training.global_batch
+    items = {**alignment.DOCUMENTS, **dict.fromkeys(POLICY, "answer"), "rejection_sampling": "best answer"}
+    name = f" {items[objective]}s" if objective in items else ""
+    parts = [recipe.sampling.answers, *cut] if objective in POLICY else cut
+    return f"{size}{name}" + (f" = {' × '.join(map(str, parts))}" if all(cut) else "")
 
 
 def _state(view: ReportView) -> str:

@@ -1,0 +1,1 @@
+"""What is optimised beside the next token: preferences, judged answers, rewards."""

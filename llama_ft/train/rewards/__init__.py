@@ -1,0 +1,1 @@
+"""What answers are worth: reward models, built-in functions, and the user's own, bounded and named when they fail."""

@@ -1,0 +1,142 @@
+"""Runs on pairs, judged answers and sampled ones through the real trainer: they learn, go on exactly, name rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_ft import load_recipe, train_recipe
+from llama_ft.train.guards import Diverged
+from tests.train.conftest import metric
+
+RATE = {"reward": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, real_data) -> Path:
+    """Real pairs of HH-RLHF, short ones."""
+    file = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    with gzip.open(real_data / "preference" / "hh_rlhf_harmless_test.jsonl.gz", "rt") as rows:
+        short = [line for line in rows if len(line) < 700][:56]
+    file.write_text("".join(short))
+    return file
+
+
+@pytest.fixture(scope="module")
+def judged(pairs) -> Path:
+    """The same answers one by one, with a verdict."""
+    file = pairs.with_name("judged.jsonl")
+    rows = []
+    for number, line in enumerate(pairs.read_text().splitlines()):
+        row = json.loads(line)
+        text = row["chosen" if number % 2 else "rejected"]
+        prompt, _, answer = text.rpartition("\n\nAssistant: ")
+        rows.append({"prompt": prompt, "completion": answer, "label": bool(number % 2)})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def aligned(small_base, pairs, judged, tmp_path):
+    """A recipe with an objective, made small; more overrides may follow."""
+
+    def make(objective: str, *overrides: str, run: str = "run"):
+        layout, rows = ("rated", judged) if objective == "kto" else ("preference", pairs)
+        return load_recipe(
+            "quickstart",
+            [
+                f"model.base={small_base}",
+                f"training.objective={objective}",
+                "data.0.use=null",
+                f"data.0.path={rows}",
+                f"data.0.layout={layout}",
+                "eval_data={holdout: 0.2}",
+                "training.global_batch=8",
+                "training.micro_batch=4",
+                "training.max_steps=8",
+                "training.epochs=3",
+                "training.save_every=4",
+                "training.eval_every=8",
+                f"training.learning_rate={RATE.get(objective, 5e-4)}",
+                f"output_dir={tmp_path / run}",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("objective", "extra"),
+    [
+        ("dpo", ()),
+        ("kto", ("preference.beta=0.5",)),
+        ("orpo", ()),
+        ("simpo", ("preference.beta=2.0",)),
+        ("reward", ()),
+    ],
+)
+def test_it_learns_its_objective(aligned, objective, extra, tmp_path):
+    """The loss of the training set falls, the export is proven, and every figure is there."""
+    run = train_recipe(aligned(objective, "training.max_steps=12", *extra))
+    losses = metric(run.path)
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert json.loads(run.proof_file.read_text())["ok"]
+    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    told = [one for one in records if "eval_loss" in one][-1]
+    assert told["eval_items"] == 11
+    if objective in ("dpo", "simpo", "orpo", "reward"):
+        assert metric(run.path, "accuracy")[-1] > 0.5 and 0 <= told["eval_accuracy"] <= 1
+    if objective == "reward":
+        buckets = json.loads((run.path / "eval" / "accuracy.json").read_text())
+        assert buckets[-1]["pairs"] == 11 == sum(one["pairs"] for one in buckets[:-1])
+        samples = json.loads(run.samples_file.read_text())
+        assert samples[0]["before"] != samples[0]["after"] and set(samples[0]["after"]) == {"chosen", "rejected"}
+
+
+def test_micro_batches_and_references_do_not_show(aligned):
+    """The same curve cut otherwise, laid out plainly, and with the reference asked for beforehand, or as a copy."""
+    curves = {}
+    for name, extra in {
+        "whole": ("training.micro_batch=8",),
+        "cut": ("training.micro_batch=2",),
+        "plain": ("sequence.packing=false",),
+        "precomputed": ("preference.reference=precomputed",),
+        "copy": ("preference.reference=copy",),
+    }.items():
+        run = train_recipe(
+            aligned("dpo", "training.max_steps=3", "eval_data=null", "export.merged=false", *extra, run=name)
+        )
+        curves[name] = metric(run.path)
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["whole"], abs=1e-5), name
+
+
+def test_kto_does_not_see_how_a_step_is_cut(aligned):
+    curves = []
+    for size in (8, 2):
+        extra = ("training.max_steps=3", "eval_data=null", "export.merged=false", f"training.micro_batch={size}")
+        weights = (
+            "preference.desirable_weight=4.0",
+            "preference.undesirable_weight=0.25",
+        )  # all become likelier: z > 0
+        run = train_recipe(aligned("kto", "preference.beta=0.5", *weights, *extra, run=f"cut-{size}"))
+        curves.append((metric(run.path), metric(run.path, "kl")))
+    for one, other in zip(*curves, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert max(curves[0][1]) > 0
+
+
+def test_a_step_that_breaks_names_its_pairs(aligned, pairs):
+    recipe = aligned("dpo", "training.learning_rate=1.0e+19", "training.max_grad_norm=0", "training.warmup=0")
+    with pytest.raises(Diverged) as error:
+        train_recipe(recipe)
+    block = error.value.block()
+    assert "the weights are broken, not a row" in block and "faults" in block
+    faults = next(Path(recipe.run_dir).glob("faults/*.jsonl")).read_text().splitlines()
+    records = [json.loads(line) for line in faults]
+    assert len(records) == 8 and all("rejected" in one and one["text"] != one["rejected"] for one in records)
+    assert all(f"{pairs.name}, row " in one["where"] for one in records)

@@ -1,0 +1,152 @@
+"""Policies that sample: they learn what is rewarded, draw the same after a resume, and blame what breaks by name."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from llama_ft import load_recipe, train_recipe
+from llama_ft.errors import UserError
+from llama_ft.train.rejection import best_of, best_of_k
+from tests.train.conftest import metric
+
+ROWS = 24
+SHORT = "def worth(prompt, answer, reference):\n    return -float(len(answer)) / 40\n"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Questions with short answers."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    turns = [
+        [{"role": "user", "content": f"Say number {n}."}, {"role": "assistant", "content": f"{n} is the number."}]
+        for n in range(ROWS)
+    ]
+    file.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    return file
+
+
+@pytest.fixture
+def policy(small_base, rows, tmp_path):
+    """A recipe of an objective that samples, made small; its reward is a function in a file of the user's."""
+
+    def make(objective: str, *overrides: str, run: str = "run", worth: str = SHORT):
+        (tmp_path / "worth.py").write_text(worth)
+        size = ["training.global_batch=8"] if objective == "rejection_sampling" else ["training.global_batch=32"]
+        return load_recipe(
+            "quickstart",
+            [
+                f"model.base={small_base}",
+                f"training.objective={objective}",
+                "data.0.use=null",
+                f"data.0.path={rows}",
+                "data.0.layout=messages",
+                "eval_data={holdout: 0.2}",
+                *size,
+                "training.micro_batch=4",
+                "training.max_steps=6",
+                "training.epochs=20",
+                "training.save_every=3",
+                "training.eval_every=3",
+                "training.schedule=constant",
+                "training.warmup=0",
+                "training.learning_rate=3e-3",
+                "sampling={answers: 4, max_new_tokens: 12}",
+                f"rewards=[{{function: '{tmp_path / 'worth.py'}:worth'}}]",
+                f"output_dir={tmp_path / run}",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_a_policy_learns_what_is_rewarded(policy, objective):
+    extra = ("policy.whiten=true",) if objective == "rloo" else ()
+    run = train_recipe(policy(objective, "training.max_steps=8", *extra))
+    rewards = metric(run.path, "reward")
+    assert len(rewards) == 8 and mean(rewards[-2:]) > mean(rewards[:2])
+    kl = metric(run.path, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
+    assert json.loads(run.proof_file.read_text())["ok"]
+    held_out = metric(run.path, "eval_reward")
+    assert held_out[-1] > held_out[0] and metric(run.path, "eval_loss") == [-one for one in held_out]
+    lines = [json.loads(line) for line in (run.path / "sampled" / "answers.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in lines] == list(range(1, 9)) and len(lines[0]["answers"]) == 4
+
+
+def test_a_resumed_policy_draws_the_same(policy, tmp_path):
+    """Stopped after step 3, by its own weights and random numbers; the curve and the answers are those of one go."""
+    whole = train_recipe(policy("grpo", "export.merged=false", run="whole"))
+    train_recipe(policy("grpo", "export.merged=false", "training.max_steps=3", run="cut"))
+    cut = train_recipe(policy("grpo", "export.merged=false", run="cut"), resume=True)
+    for key in ("loss", "reward", "kl", "eval_reward"):
+        assert metric(cut.path, key) == metric(whole.path, key), key
+    assert (cut.path / "sampled/answers.jsonl").read_text() == (whole.path / "sampled/answers.jsonl").read_text()
+
+
+def test_micro_batches_do_not_show_in_what_is_learnt(policy):
+    """Drawn and judged for the step as a whole: how it is cut, or laid out, moves the curve by rounding alone."""
+    curves = []
+    for extra in (("training.micro_batch=8",), ("training.micro_batch=2", "sequence.packing=false")):
+        keys = ("training.max_steps=2", "eval_data=null", "export.merged=false")
+        run = train_recipe(policy("grpo", *keys, *extra, run=extra[0][-1]))
+        curves.append(metric(run.path, "reward") + metric(run.path, "grad_norm"))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+def test_rejection_sampling_tunes_on_the_best(policy, tmp_path):
+    run = train_recipe(policy("rejection_sampling"))
+    groups = [json.loads(line) for line in (run.path / "sampled" / "answers.jsonl").read_text().splitlines()]
+    assert len(groups) == 19 and all(len(one["answers"]) == 4 for one in groups)
+    curve = json.loads((run.path / "sampled" / "best_of_k.json").read_text())
+    means = [one["mean"] for one in curve]
+    assert means == sorted(means) and means[-1] > means[0]
+    for k, told in enumerate(means, 1):
+        every = [[one["reward"] for one in group["answers"]] for group in groups]
+        assert told == pytest.approx(mean(mean(max(some) for some in combinations(group, k)) for group in every))
+    losses = metric(run.path)
+    assert losses[-1] < losses[0] and metric(run.path, "eval_reward")
+    assert json.loads(run.proof_file.read_text())["ok"]
+
+
+def test_answers_are_drawn_once(policy, monkeypatch):
+    """A run that starts anew under the same settings reads what was drawn; another seed draws again."""
+    from llama_ft.train import asking
+
+    train_recipe(policy("rejection_sampling", "training.max_steps=1", "export.merged=false", "eval_data=null"))
+    drawn: list[int] = []
+    real = asking.sample
+    monkeypatch.setattr(asking, "sample", lambda *args, **keys: drawn.append(1) or real(*args, **keys))
+    keys = ("training.max_steps=1", "export.merged=false", "eval_data=null")
+    train_recipe(policy("rejection_sampling", *keys), overwrite=True)
+    assert not drawn
+    train_recipe(policy("rejection_sampling", *keys, "training.seed=43"), overwrite=True)
+    assert drawn
+
+
+def test_the_best_has_come_to_its_end():
+    group = {
+        "answers": [{"ended": False, "reward": 3.0}, {"ended": True, "reward": 1.0}, {"ended": True, "reward": 2.0}]
+    }
+    assert best_of(group)["reward"] == 2.0
+    assert best_of({"answers": group["answers"][:1]})["reward"] == 3.0
+    assert best_of_k([group])[-1]["mean"] == 3.0
+
+
+def test_a_reward_that_raises_is_named(policy, rows):
+    broken = "def worth(prompt, answer, reference):\n    return 1 / 0\n"
+    with pytest.raises(UserError, match="ZeroDivisionError") as error:
+        train_recipe(policy("grpo", worth=broken))
+    assert f"{rows.name}, row" in error.value.block() and "worth.py:2" in error.value.block()
+
+
+def test_a_prompt_without_room_is_named(policy, rows):
+    with pytest.raises(UserError, match="than the 8,192 that") as error:
+        train_recipe(policy("grpo", "sampling.max_new_tokens=8190", "sequence.max_length=8192"))
+    assert rows.name in error.value.block() and "sampling.max_new_tokens" in error.value.block()
