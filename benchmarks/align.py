@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -165,9 +166,10 @@ def train(link: Link, options: argparse.Namespace) -> None:
     before = _read(file).get("seconds", 0.0) if flag == "--resume" else 0.0
     record = {"command": command, "on": standing(link, options), "seconds": before}
     write_json(file, record)
-    print(f"\n{link.name}: llama-ft {' '.join([*command, *filter(None, [flag])])}", flush=True)
+    line = [*command, *filter(None, [flag])]
+    print(f"\n{link.name}: {shlex.join(['llama-ft', *line])}", flush=True)
     began = time.perf_counter()
-    status = run_to_its_end([sys.executable, "-m", "llama_ft.cli", *command, *filter(None, [flag])])
+    status = run_to_its_end([sys.executable, "-m", "llama_ft.cli", *line])
     write_json(file, record | {"seconds": round(before + time.perf_counter() - began, 1)})
     if status:
         print(f"\n{link.name} ended with status {status}; the same command goes on from here", file=sys.stderr)
@@ -200,13 +202,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="pairs, such as HH-RLHF's harmless-base/test.jsonl.gz")
     parser.add_argument("--out", type=Path, default=Path("runs/align"), help="folder for the runs and the table")
     parser.add_argument("--base", help="model that the first step starts from", default=None)
-    parser.add_argument("--sft-rows", type=int, default=400, help="rows of supervised tuning")
-    parser.add_argument("--pairs", type=int, default=480, help="pairs that the reward model learns from")
+    parser.add_argument("--sft-rows", type=int, default=384, help="rows of supervised tuning")
+    parser.add_argument("--pairs", type=int, default=448, help="pairs that the reward model learns from")
     parser.add_argument("--prompts", type=int, default=160, help="prompts of rejection sampling")
     parser.add_argument("--rloo-prompts", type=int, default=1000, help="rows that RLOO's prompts are taken from")
-    parser.add_argument("--rloo-steps", type=int, default=12, help="steps of RLOO, 64 answers each")
+    parser.add_argument("--rloo-steps", type=int, default=10, help="steps of RLOO, 64 answers each")
     parser.add_argument("--held-out-pairs", type=int, default=200, help="pairs that the reward model is judged on")
-    parser.add_argument("--held-out-prompts", type=int, default=64, help="prompts that models are asked, at most 64")
+    parser.add_argument("--held-out-prompts", type=int, default=48, help="prompts that models are asked, at most 64")
     parser.add_argument("--answers", type=int, default=2, help="answers to each of them")
     parser.add_argument("--overwrite", action="store_true", help="repeat what is there")
     options = parser.parse_args(arguments)

@@ -198,6 +198,13 @@ def faults(name: str, steps: list[Step], expected: list[Step], reference: list[S
     return found
 
 
+def check(round_: dict[str, list[Step]], expected: list[Step], reference: list[Step]) -> None:
+    """Ends the benchmark after a round that does not pass the gates."""
+    broken = [fault for name, steps in round_.items() for fault in faults(name, steps, expected, reference)]
+    if broken:
+        raise SystemExit("\n".join(["the rows would not be honest:", *broken]))
+
+
 def summary(name: str, runs: list[dict[str, Any]], batch: int, reference: list[Step]) -> dict[str, Any]:
     """Medians over rounds of pairs/s (all steps but the first of each), their spread, and the largest peak."""
     counted = [run["steps"][1:] for run in runs]
@@ -281,12 +288,8 @@ def compare(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
                 rate = options.batch * (options.steps - 1) / sum(step["seconds"] for step in result["steps"][1:])
                 line = f"round {number} {contender}: {rate:.3f} pairs/s, {result['rss']:.2f} GiB"
                 print(line, file=sys.stderr, flush=True)
-    reference = runs[REFERENCE][0]["steps"]
-    broken = [
-        fault for own, done in runs.items() for run in done for fault in faults(own, run["steps"], expected, reference)
-    ]
-    if broken:
-        raise SystemExit("\n".join(["the rows would not be honest:", *dict.fromkeys(broken)]))
+            reference = runs[REFERENCE][0]["steps"]
+            check({own: done[-1]["steps"] for own, done in runs.items()}, expected, reference)
     rows = {own: summary(own, done, options.batch, reference) for own, done in runs.items()}
     text = (
         f"DPO, LoRA, {options.rounds} rounds in turn, each contender a process of its own; {options.steps} steps of "

@@ -21,7 +21,15 @@ def cache_key(job: Job, hashes: dict[str, Any]) -> str:
     """Everything that the prepared files depend on, hashed: rows, template, tokenizer, settings, code."""
 
     def told(source: Source) -> list[Any]:
-        return [source.fingerprint, source.layout, dict(source.columns or {}), source.system, source.limit, source.unit]
+        return [
+            source.fingerprint,
+            source.layout,
+            dict(source.columns or {}),
+            source.system,
+            source.limit,
+            source.unit,
+            source.shape,
+        ]
 
     share = job.evaluation if isinstance(job.evaluation, float) else None
     mixture, sequence = job.mixture, job.sequence

@@ -53,7 +53,7 @@ def schema_of(sources: Sequence[Source], *, messages: bool = False) -> pa.Schema
 
     `length` and `labelled` say what a model computes: of a pair, its prompt once and both answers, and their loss.
     """
-    layouts = {source.layout for source in sources}
+    layouts = {source.shape for source in sources}
     own = _OWN.get(layouts.pop(), []) if len(layouts) == 1 else []
     return pa.schema(KEPT + own + ([MESSAGES] if messages else []))
 
@@ -100,7 +100,7 @@ class ChunkMaker:
             self._look(document, faults)
         kept = [document for document in documents if document.dropped is None]
         dropped = [(document.dropped, document.row) for document in documents if document.dropped is not None]
-        return Chunk(len(rows), _batch(kept, source.layout, number, self), dropped, notes, faults, problems)
+        return Chunk(len(rows), _batch(kept, source.shape, number, self), dropped, notes, faults, problems)
 
     def _notes(self, document: Document) -> list[str]:
         """What the report counts of a document that is kept, or was changed while it was read."""

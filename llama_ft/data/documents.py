@@ -127,6 +127,8 @@ class DocumentMaker:
         examples: list[tuple[int, Example]] = []
         for row, where, value in rows:
             example = read_example(value, source.layout, source.columns, where, problems)
+            if example is not None and source.alone and example.rejected is not None:
+                example = replace(example, rejected=None, margin=None)
             if example is not None:
                 examples.append((row, with_system(example, source.system)))
         jobs = [self._render(example) for _, example in examples]

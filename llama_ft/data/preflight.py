@@ -118,7 +118,9 @@ class Findings:
                 continue
             what = f"{cut:,} of {one.rows:,} rows ({cut / one.rows:.0%}) were cut at sequence.max_length"
             what += f" {self._job.sequence.max_length}, more than max_truncated {limit:.0%}"
-            hint = "raise max_length, write overlong: split or drop, or raise sequence.max_truncated"
+            hint = (
+                "raise max_length, write overlong: drop (or split, for conversations and text), or raise max_truncated"
+            )
             faults.append(Fault("truncated", what, one.label, hint))
         return faults
 

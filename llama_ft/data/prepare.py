@@ -30,7 +30,7 @@ from llama_ft.data.template import Template
 from llama_ft.errors import Problem, UserError, did_you_mean
 from llama_ft.paths import cache_dir
 from llama_ft.recipe.check_data import layout_fits
-from llama_ft.recipe.objectives import ONLINE
+from llama_ft.recipe.objectives import ONLINE, PAIRS
 from llama_ft.recipe.schema import Holdout, Recipe
 from llama_ft.tokenizer.load import load_tokenizer, settle_pad
 
@@ -176,6 +176,9 @@ def _job(recipe: Recipe, renderer: Renderer) -> Job:
     elif recipe.eval_data is not None:
         evaluation = open_sources(recipe.eval_data, "eval_data")
     _check_layouts(recipe, opened, evaluation if isinstance(evaluation, list) else [])
+    if recipe.training.objective not in PAIRS:
+        opened = [replace(source, alone=True) for source in opened]
+        evaluation = [replace(one, alone=True) for one in evaluation] if isinstance(evaluation, list) else evaluation
     return Job(
         train=opened,
         evaluation=evaluation,

@@ -29,6 +29,7 @@ class Source:
 
     `columns` renames the layout's keys, `system` is the system prompt of conversations that have none, `limit` the
     number of rows taken. `guessed` says what was guessed about the layout, in a sentence; None if all was said.
+    `alone`: of a pair only the better answer is wanted.
     """
 
     origin: Origin
@@ -38,6 +39,12 @@ class Source:
     limit: int | None = None
     unit: str = "file"
     guessed: str | None = None
+    alone: bool = False
+
+    @property
+    def shape(self) -> str:
+        """The layout of its documents: its rows', but for pairs of which one answer is left."""
+        return "messages" if self.alone and self.layout == "preference" else self.layout
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from llama_ft.data.cards import Card, Hub, load_card
 from llama_ft.errors import UserError
-from llama_ft.export.card_objective import counted, limits, of_losses, settings, task, use
+from llama_ft.export.card_objective import counted, limits, of_buckets, of_losses, of_samples, settings, task, use
 from llama_ft.export.table import proof_rows
 from llama_ft.files import write_text
 from llama_ft.recipe.run import Run
@@ -124,13 +124,17 @@ def _results(run: Run) -> str:
         parts += ["## Results", of_losses(run.recipe), _table(("", "first", "last"), rows)]
     if (run.path / "loss.png").is_file():
         parts.append("![losses](loss.png)")
+    buckets = _json(run.path / "eval" / "accuracy.json") or []
+    if buckets:
+        lines = [
+            (f"{one['bucket']}", f"{one['pairs']}", f"{one['accuracy']:.3f} ± {one['error']:.3f}") for one in buckets
+        ]
+        parts += [of_buckets(buckets), _table(("margin", "pairs", "accuracy"), lines)]
     samples = _json(run.samples_file) or []
     if samples:
-        answers = [tuple(_cell(s.get(key)) for key in ("question", "before", "after", "reference")) for s in samples]
-        parts += [
-            "Greedy answers to held-out questions, as they came:",
-            _table(("question", "before", "after", "reference"), answers),
-        ]
+        what, columns = of_samples(run.recipe)
+        answers = [tuple(_cell(sample.get(key)) for key in columns) for sample in samples]
+        parts += [what, _table(tuple(columns.values()), answers)]
     return "\n\n".join(parts)
 
 
@@ -231,7 +235,9 @@ def _file_name(path: str | None) -> str:
 
 
 def _cell(value: Any, longest: int = 400) -> str:
-    """Text in a table: one line, no column of its own, no markup."""
+    """Text in a table: one line, no column of its own, no markup; the two scores of a pair."""
+    if isinstance(value, dict):
+        value = " and ".join(f"{score:.2f}" for score in value.values())
     text = " ".join(str(value or "—").split())
     text = text if len(text) <= longest else text[:longest] + " …"
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llama_ft.recipe.objectives import COMPARED, PAIRS, POLICY, READS, unused_objective_keys, value_at
 from llama_ft.recipe.schema import Recipe
@@ -69,6 +71,23 @@ def of_losses(recipe: Recipe) -> str:
     return "Losses are the objective's own, per answer." if objective in POLICY else "Nats per labelled token."
 
 
+def of_buckets(buckets: Sequence[dict[str, Any]]) -> str:
+    """What a reward model's accuracy is told apart by: eval/accuracy.json."""
+    rated = any(one.get("by") == "rating" for one in buckets)
+    by = "how much better the better answer was rated" if rated else "the model's own margin"
+    return f"Share of held-out pairs whose better answer scores higher, by {by}, with its standard error:"
+
+
+def of_samples(recipe: Recipe) -> tuple[str, dict[str, str]]:
+    """What is shown of held-out questions: a sentence, and the keys of eval/samples.json with their headings."""
+    if recipe.training.objective == "reward":
+        answers = {"question": "question", "reference": "better answer", "rejected": "worse answer"}
+        said = "Scores of the better and of the worse answer to held-out questions:"
+        return said, {**answers, "before": "scores before", "after": "after"}
+    keys = ("question", "before", "after", "reference")
+    return "Greedy answers to held-out questions, as they came:", {key: key for key in keys}
+
+
 def counted(recipe: Recipe) -> str:
     """What a batch counts."""
     objective = recipe.training.objective
@@ -85,7 +104,7 @@ def settings(recipe: Recipe) -> str:
     for key in READS.get(objective, ()):
         if key == "rewards":
             said += [f"{one.weight:g} × {Path(one.model or one.function or '').name}" for one in recipe.rewards]
-        elif key not in unused:
+        elif key not in unused and value_at(data, key) is not None:
             said.append(f"{key.rpartition('.')[2]} {_plain(value_at(data, key))}")
     return ", ".join(said)
 

@@ -122,6 +122,12 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
             key="model.base",
             hint="pickled weights are not read; convert them with save_pretrained(..., safe_serialization=True)",
         )
+    if weights:
+        from llama_ft.llama.reward import is_reward_model
+
+        if is_reward_model(folder):
+            what = f"{folder} is a reward model: it scores answers, and writes none"
+            raise UserError(what, key="model.base", hint="name the model that it was made from")
     if weights:  # headers alone: a shard that is cut off or missing is found before anything is tokenised
         from llama_ft.llama.checkpoints.hf import open_hf
 

@@ -55,9 +55,8 @@ class Spans:
     def ends(self) -> list[tuple[slice, slice]]:
         """(queries, keys of the prompt) of neighbouring documents that see the same prompt, together."""
         found: list[tuple[slice, slice]] = []
-        for prompt, run in groupby(
-            range(len(self.keys) - 1), key=(self.shared or [-1] * (len(self.keys) - 1)).__getitem__
-        ):
+        prompts = self.shared or []
+        for prompt, run in groupby(range(len(prompts)), key=prompts.__getitem__):
             documents = list(run)
             asks = slice(self.queries[documents[0]], self.queries[documents[-1] + 1])
             if prompt >= 0 and asks.start < asks.stop:

@@ -117,15 +117,15 @@ def forward_passes(recipe: Recipe) -> tuple[int, int]:
     """(in each step, once before training): further forward passes over all that is trained on.
 
     The reference's own; for kto both models' on answers to other prompts; for rloo the policy's, whose KL is part of
-    the reward; and with several passes over the samples the old policy's.
+    the reward.
     """
     objective, reference = recipe.training.objective, reference_of(recipe)
     each = 0 if reference in ("none", "precomputed") else 1
     before = 1 if reference == "precomputed" else 0
     if objective == "kto":
         return 2 * each + 1, 2 * before
-    own = (objective == "rloo" and reference != "none") or recipe.policy.passes > 1
-    return each + (1 if objective in POLICY and own else 0), before
+    own = objective == "rloo" and reference != "none"
+    return each + int(own), before
 
 
 def notes(recipe: Recipe) -> list[str]:

@@ -24,6 +24,7 @@ SAMPLE_TOKENS = 96
 QUESTIONS = 5
 """llama_ft.train.samples: asked at once."""
 PROOF_POSITIONS, PROOF_TOKENS = 700, 3 * 48 // 2
+SCORED_POSITIONS = 16 * 256
 """llama_ft.export.proof: positions compared and tokens answered, by two models each. A tuned model ends most answers
 before their limit: of three, about half."""
 DURING = 64
@@ -66,11 +67,9 @@ def seconds(
     """
     assert steps.total is not None and steps.seen is not None
     weights, world, objective = case.weights, case.engine.devices, recipe.training.objective
-    again = recipe.policy.passes if objective in POLICY else 1
     each, before = forward_passes(recipe)
-    work = again * training(weights, steps.seen, recipe.training) / world / speed.training
+    work = training(weights, steps.seen, recipe.training) / world / speed.training
     work += each * forward(weights, steps.seen) / world / speed.forward
-    passes *= again
     moved = steps.total * _step_bytes(case) + passes * _pass_bytes(case)
     evaluations, answers = 0.0, 0.0
     if facts.evaluated is not None:
@@ -123,7 +122,8 @@ def _pass_bytes(case: Case) -> float:
 def _export(recipe: Recipe, case: Case, speed: Speed, stored: Disk) -> float:
     """Merge, read back, and the proof: two models in float32 see the same positions and answer the same prompts."""
     weights = case.weights
-    seen = Tokens(PROOF_POSITIONS, PROOF_POSITIONS, PROOF_POSITIONS * 128.0)
+    positions = SCORED_POSITIONS if weights.reward else PROOF_POSITIONS
+    seen = Tokens(positions, positions, positions * 128.0)
     work = 2 * forward(weights, seen) / speed.forward
     spoken = 0 if weights.reward else PROOF_TOKENS  # a score says nothing
     answers = 2 * spoken * (FLOAT * weights.total / speed.bandwidth + DECODE_LAYER * weights.shape.layers)

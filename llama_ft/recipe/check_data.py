@@ -69,6 +69,9 @@ def stream_fits_objective(view: View) -> None:
     if objective == "kto":
         what = "kto measures its KL on the answers of other rows, which a stream has not read yet"
         view.wrong("mixture.streaming", what, "write streaming: false")
+    elif objective in COMPARED:
+        what = f"{objective} numbers its rows, whose both answers a stream does not keep"
+        view.wrong("mixture.streaming", what, "write streaming: false")
     elif objective in ONLINE:
         view.wrong("mixture.streaming", f"{objective} draws prompts from a prepared set", "write streaming: false")
 

@@ -58,17 +58,13 @@ def reference_can_be_had(view: View) -> None:
     if key not in READS.get(objective, ()):
         return
     reference, full = view.value(key), view.value("adapter.method") == "full"
-    online, streams = objective in POLICY, view.value("mixture.streaming")
+    online = objective in POLICY
     if reference == "adapter_off" and full:
         hint = "write copy" if online else "write precomputed, or copy"
         view.wrong(key, "method: full has no adapter that could be switched off", hint)
     elif reference == "precomputed" and online:
         what = f"{objective} samples its answers, nothing about them can be known before"
         view.wrong(key, what, "write copy" if full else "write adapter_off, or copy")
-    elif streams and objective == "dpo" and (reference == "precomputed" or (reference == "auto" and full)):
-        what = "log-probabilities are computed before training on a prepared set, not on a stream"
-        place = key if view.stated(key) else "mixture.streaming"
-        view.wrong(place, what, "write streaming: false, or reference: copy")
 
 
 def noise_is_for_text(view: View) -> None:

@@ -32,7 +32,7 @@ def _some(section: str, *names: str) -> tuple[str, ...]:
 
 
 _SCORED = (*_all("sampling"), "rewards")
-_LEARNED = (*_SCORED, "preference.reference", *_some("policy", "kl", "clip", "passes", "max_kl"))
+_LEARNED = (*_SCORED, "preference.reference", *_some("policy", "kl", "max_kl"))
 READS: dict[str, tuple[str, ...]] = {
     "reward": _all("reward_model"),
     "dpo": _some("preference", "loss", "beta", "label_smoothing", "length_normalised", "sft_weight", "reference"),
@@ -75,7 +75,6 @@ IDLE = (
     ),
     Idle(POLICY, "preference.reference", "policy.kl", lambda kl: kl == 0, "with kl: 0 there is no reference"),
     Idle(POLICY, "policy.max_kl", "policy.kl", lambda kl: kl == 0, "with kl: 0 there is no reference to be far from"),
-    Idle(POLICY, "policy.clip", "policy.passes", lambda passes: passes == 1, "with passes: 1 no ratio leaves 1"),
 )
 IDLE_REWARD = (
     Idle(ONLINE, "pattern", "function", lambda function: function != "format", "pattern belongs to function: format"),

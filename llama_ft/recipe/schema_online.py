@@ -54,10 +54,6 @@ class Policy(Section):
     kl: NonNegative = 0.04
     """β of the KL to the reference: grpo has it in the loss (k3 estimator, arXiv 2402.03300), rloo in the reward, per
     answer, as Llama 2's PPO (2307.09288, eq. 4: 0.01 for 7B and 13B, 0.005 for larger). 0 needs no reference."""
-    clip: Annotated[Finite, Field(gt=0, lt=1)] = 0.2
-    """Ratios of new to old probability beyond 1 ± this learn no further (arXiv 1707.06347)."""
-    passes: PositiveInt = 1
-    """μ, optimizer passes over each batch of samples; with 1 no ratio is ever clipped."""
     whiten: StrictBool = False
     """rloo: rewards are whitened over the batch, as in Llama 2 (arXiv 2307.09288, section 3.2.3); grpo always
     normalises within each prompt's answers."""

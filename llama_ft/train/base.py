@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -46,12 +47,17 @@ class Base:
     @property
     def parameters(self) -> int:
         """Weights of the base, rows for added tokens included."""
-        return self.shape.parameters
+        return sum(map(prod, weight_names(self.shape, reward=self.reward).values()))
+
+    @property
+    def reward(self) -> bool:
+        """Whether a score stands in the place of the head."""
+        return self.recipe.training.objective == "reward"
 
     @property
     def trained(self) -> int:
         """Weights that training changes."""
-        return trained_weights(self.shape, self.recipe.adapter, new_tokens=self.grown)
+        return trained_weights(self.shape, self.recipe.adapter, new_tokens=self.grown, reward=self.reward)
 
     @property
     def grown(self) -> bool:
@@ -61,7 +67,7 @@ class Base:
     @property
     def written(self) -> int:
         """Bytes of weights that go into the run's base/."""
-        return self.parameters * DTYPES[self.recipe.model.dtype].itemsize if self.new and not self.full else 0
+        return self.shape.parameters * DTYPES[self.recipe.model.dtype].itemsize if self.new and not self.full else 0
 
     @property
     def shape(self) -> Shape:
@@ -111,7 +117,7 @@ def open_base(recipe: Recipe, run: Run, tokenizer: PreTrainedTokenizerFast, *, r
 
 def _check_frozen(base: Base) -> None:
     """Every pattern of `adapter.freeze` stands for some weights, and something is left to train."""
-    names = list(weight_names(base.shape))
+    names = list(weight_names(base.shape, reward=base.reward))
     problems = []
     for number, pattern in enumerate(base.recipe.adapter.freeze):
         if not any(re.search(pattern, name) for name in names):

@@ -183,7 +183,8 @@ def named(records: Sequence[dict[str, Any]]) -> list[Problem]:
     worst = sorted(records, key=lambda record: -math.inf if record["loss"] is None else -record["loss"])
     problems = []
     for record in worst[:NAMED]:
-        loss = "no number" if record["loss"] is None else f"{record['loss']:.2f} nats per labelled token"
+        unit = "" if "labelled" not in record else " nats per labelled token"
+        loss = "no number" if record["loss"] is None else f"{record['loss']:.2f}{unit}"
         part = f", part {record['part']}" if record.get("part") else ""
         epoch = "" if record["epoch"] is None else f", epoch {record['epoch']}"
         problems.append(Problem(f"loss {loss}", f"{record.get('where', 'a document')}{part}{epoch}"))

@@ -173,7 +173,7 @@ def _minutes(seconds: float) -> str:
 
 
 def plot_losses(run: Run) -> Path:
-    """loss.png: the training and held-out loss of metrics.jsonl against the step."""
+    """loss.png: the training and held-out loss of metrics.jsonl, or of a policy the rewards, against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,11 +181,13 @@ def plot_losses(run: Run) -> Path:
 
     records = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o-")):
+    # A policy's loss says nothing; what it is after does.
+    what = "reward" if any("reward" in record for record in records) else "loss"
+    for key, label, style in ((what, "training", "-"), (f"eval_{what}", "held-out", "o-")):
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per labelled token)", title=run.path.name)
+    axes.set(xlabel="step", ylabel=what, title=run.path.name)
     axes.grid(alpha=0.3)
     axes.legend()
     target = run.path / "loss.png"

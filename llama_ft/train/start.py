@@ -20,6 +20,7 @@ from llama_ft.llama.load import DTYPES
 from llama_ft.plan.hardware import usable_cores
 from llama_ft.plan.plan import Plan
 from llama_ft.recipe import dump
+from llama_ft.recipe.objectives import POLICY
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.trainable import check_trainable
@@ -154,10 +155,12 @@ def write_start(start: Start, loaded: Loaded) -> None:
 def say_start(start: Start, loaded: Loaded) -> None:
     """The line that says what is trained on what, and how a step is cut."""
     base = start.base
+    policy = start.recipe.training.objective in POLICY
+    answers = f"{start.recipe.sampling.answers} answers × " if policy else ""
     everything = base.parameters if base.full else base.parameters + base.trained
     start.console.print(
         f"{start.recipe.name}: {counted(start.prepared)}, {base.trained:,} of {everything:,} weights trained, "
-        f"global batch {start.recipe.training.global_batch} = {start.micro_batch} × {start.accumulation} × "
+        f"global batch {start.recipe.training.global_batch} = {answers}{start.micro_batch} × {start.accumulation} × "
         f"{start.state.num_processes}, {str(loaded.compute_dtype).removeprefix('torch.')} on "
         f"{start.state.device.type} ({torch.get_num_threads()} threads)",
         highlight=False,

@@ -74,13 +74,13 @@ def test_every_step_starts_from_the_one_before(pairs, tmp_path):
     assert [one.model.base for one in found.values()] == ["smollm2-135m", merged[SFT], merged[SFT], merged[REJECTION]]
     assert [one.training.objective for one in found.values()] == ["sft", "reward", "rejection_sampling", "rloo"]
     assert [[one.model for one in recipe.rewards] for recipe in found.values()] == [[], [], *[[merged[REWARD]]] * 2]
-    assert [recipe.data[0].limit for recipe in found.values()] == [400, 480, 160, 1000]
+    assert [recipe.data[0].limit for recipe in found.values()] == [384, 448, 160, 1000]
     assert found[RLOO].training.max_steps == 3
     for recipe in found.values():
         assert recipe.data[0].path == str(said.out / "data" / "train.jsonl")
     assert found[REWARD].eval_data[0].path == str(said.out / "data" / "held-out.jsonl")
     asked = align_table.asking_recipe(said)
-    assert asked.eval_data[0].limit == 64 and asked.rewards[0].model == merged[REWARD]
+    assert asked.eval_data[0].limit == 48 and asked.rewards[0].model == merged[REWARD]
 
 
 def test_what_is_done_is_not_repeated(pairs, tmp_path):
@@ -192,8 +192,8 @@ def test_the_table(tmp_path):
 def test_the_whole_chain(small_base, real_data, tmp_path):  # noqa: F811
     """Real rows, real recipes, the first two layers of the real model; a second call trains nothing."""
     data = real_data / "preference" / "hh_rlhf_harmless_test.jsonl.gz"
-    small = ["--base", str(small_base), "--sft-rows", "32", "--pairs", "32", "--prompts", "8", "--rloo-prompts", "60"]
-    small += ["--rloo-steps", "1", "--held-out-pairs", "16", "--held-out-prompts", "8", "--answers", "1"]
+    small = ["--base", str(small_base), "--sft-rows", "32", "--pairs", "32", "--prompts", "40", "--rloo-prompts", "60"]
+    small += ["--rloo-steps", "2", "--held-out-pairs", "16", "--held-out-prompts", "8", "--answers", "1"]
     line = [sys.executable, "-m", "benchmarks.align", "--data", str(data), "--out", str(tmp_path / "out"), *small]
     first = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]

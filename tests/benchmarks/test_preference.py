@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import preference, trl_dpo
+from benchmarks import preference, preference_gpu, trl_dpo
 from benchmarks.pairs import as_trl, choose_rows, expected_steps, spread, write_pairs
 from llama_ft import load_recipe, prepare_data, train_recipe
 from llama_ft.data.render import MASKED
@@ -73,7 +75,6 @@ def test_both_sides_compute_the_same(both):
     """No gate is hit, and the losses fell, so that something was compared."""
     assert preference.faults("llama_ft", both["ours"], both["expected"], both["trl"]) == []
     for variant in preference.PEERS["trl"]:
-        print(variant, preference.apart(variant, both[variant], both["trl"]))
         assert preference.faults(variant, both[variant], both["expected"], both["trl"]) == []
     losses, gradient = preference.apart("llama_ft", both["ours"], both["trl"])
     assert losses < 1e-4 and gradient < 1e-3
@@ -144,10 +145,34 @@ def test_memory_of_a_process_tree(tmp_path):
     """A child that holds 200 MiB and its own child that holds as much are seen together."""
     hold = "import time; held = bytearray(200 << 20); time.sleep(1.5)"
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; p.wait()"
-    import sys
-
     _, rss = preference.measured([sys.executable, "-c", code], tmp_path)
     assert 0.39 < rss < 0.5
+
+
+@pytest.mark.parametrize("contender", ["ours, checkpointed", "trl-tuned"])
+def test_a_preset_shape(contender, tmp_path):
+    """Both sides of the GPU benchmark on a tiny shape: as many steps as asked for, the first of them at log 2."""
+    said = ["--shape", "tiny", "--lengths", "24,12,9", "--rank", "4", "--steps", "2", "--device", "cpu", "--batch", "4"]
+    options = preference_gpu.parse([*said, "--micro-batch", "2", "--contender", contender])
+    preference_gpu.write_pairs(options, tmp_path / "pairs.jsonl")
+    if contender in preference_gpu.OURS:
+        found = preference_gpu.measure_ours(options, tmp_path / "pairs.jsonl")
+    else:
+        found = preference_gpu.measure_trl(options, tmp_path / "pairs.jsonl", tmp_path / "out.json")
+        assert [step["labelled"] for step in found["steps"]] == [4 * (12 + 9)] * 4
+    losses = [step["loss"] for step in found["steps"]]
+    assert len(losses) == 4 and abs(losses[0] - math.log(2)) < preference.FIRST_LOSS
+    assert losses[1] != losses[0]
+    row = preference_gpu.summary(found, options.batch)
+    text = preference_gpu.table({contender: row, "trl-default": {"error": "out of memory"}})
+    assert f"| {contender} | {row['pairs_per_second']:.3f} |" in text and "| trl-default | out of memory |" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        preference_gpu.parse(["--shape", "llama-3-8b"])
+    assert stopped.value.code == 2 and "there is no GPU here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from llama_ft.export import scores as scores_module
 from llama_ft.export.prompts import choose_prompts
 from llama_ft.export.run import ProofFailed, export_run
 from llama_ft.export.scores import PAIRS, TOKENS, TOLERANCES, Pair, choose_pairs, compare, judge, score
+from llama_ft.files import write_json
 from llama_ft.llama.reward import SCORE, load_reward_model
 from llama_ft.recipe.run import Run
 from llama_ft.serve.source import open_source
@@ -148,6 +149,10 @@ def test_without_held_out_rows_training_pairs_serve(ranked, tmp_path):
 
 
 def test_the_card_says_how_to_score(run):
+    sample = {"question": "What?", "reference": "Hay.", "rejected": "Stones.", "before": {"chosen": 0.1, "rejected": 2}}
+    write_json(run.samples_file, [sample | {"after": {"chosen": 4.567, "rejected": -4.5}}])
+    bucket = {"bucket": "0.00 to 1.50", "pairs": 30, "accuracy": 0.6, "error": 0.0894, "by": "rating"}
+    write_json(run.path / "eval" / "accuracy.json", [bucket])
     export_run(run)
     card = run.card_file.read_text()
     for said in (
@@ -156,6 +161,9 @@ def test_the_card_says_how_to_score(run):
         'AutoModelForSequenceClassification.from_pretrained("merged"',
         'peft.AutoPeftModelForSequenceClassification.from_pretrained("adapter", num_labels=1)',
         "| accuracy, trained → merged | 100.00% → 100.00% |",
+        "| What? | Hay. | Stones. | 0.10 and 2.00 | 4.57 and -4.50 |",
+        "by how much better the better answer was rated, with its standard error",
+        "| 0.00 to 1.50 | 30 | 0.600 ± 0.089 |",
         "| objective | reward, margin no, center 0 |",
         "rewards: [{model: runs/tiny}]",
         "Answers that are sought for their score alone",

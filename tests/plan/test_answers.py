@@ -102,8 +102,8 @@ PASSES = {
     ("sft",): (0, 0), ("reward",): (0, 0), ("orpo",): (0, 0), ("simpo",): (0, 0), ("rejection_sampling",): (0, 0),
     ("dpo",): (1, 0), ("dpo", "preference.reference=copy"): (1, 0), ("dpo", "preference.reference=precomputed"): (0, 1),
     ("kto",): (3, 0), ("kto", "preference.reference=precomputed"): (1, 2),
-    ("grpo",): (1, 0), ("grpo", "policy.kl=0"): (0, 0), ("grpo", "policy.passes=2"): (2, 0),
-    ("rloo",): (2, 0), ("rloo", "policy.kl=0"): (0, 0), ("rloo", "policy.kl=0", "policy.passes=2"): (1, 0),
+    ("grpo",): (1, 0), ("grpo", "policy.kl=0"): (0, 0),
+    ("rloo",): (2, 0), ("rloo", "policy.kl=0"): (0, 0),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ VALUES = {
     "preference.desirable_weight": "2", "preference.undesirable_weight": "2", "preference.reference": "copy",
     "reward_model.margin": "true", "reward_model.center": "0.01", "sampling.answers": "4",
     "sampling.max_new_tokens": "64", "sampling.temperature": "0.9", "sampling.top_p": "1", "policy.kl": "0.1",
-    "policy.clip": "0.3", "policy.passes": "2", "policy.whiten": "true", "policy.max_kl": "0.5",
+    "policy.whiten": "true", "policy.max_kl": "0.5",
     "rewards": "[{function: exact_match}]",
 }  # fmt: skip
 """A value other than the default for every key that only some objectives read."""
@@ -95,10 +95,6 @@ NEAREST = {
         recipe("dpo", "preference: {loss: hinge, length_normalised: true}"),
         "r.yaml:6:27: preference.length_normalised: length_normalised belongs to loss: sigmoid — remove it",
     ),
-    "a clip that never clips": (
-        recipe("rloo", "policy: {clip: 0.1}"),
-        "r.yaml:6:10: policy.clip: with passes: 1 no ratio leaves 1 — remove it",
-    ),
     "a limit of a KL that is not known": (
         recipe("grpo", "policy: {kl: 0, max_kl: 1}"),
         "r.yaml:6:17: policy.max_kl: with kl: 0 there is no reference to be far from — remove it",
@@ -150,10 +146,10 @@ NEAREST = {
         GOOD + "training: {objective: grpo, max_steps: 5}\nmixture: {streaming: true}\n" + REWARD,
         "r.yaml:6:11: mixture.streaming: grpo draws prompts from a prepared set — write streaming: false",
     ),
-    "a stream that a reference should have read before": (
+    "a stream of pairs": (
         GOOD + "training: {objective: dpo, max_steps: 5}\nmixture: {streaming: true}\nadapter: {method: full}\n",
-        "r.yaml:6:11: mixture.streaming: log-probabilities are computed before training on a prepared set, not on a"
-        " stream — write streaming: false, or reference: copy",
+        "r.yaml:6:11: mixture.streaming: dpo numbers its rows, whose both answers a stream does not keep — write"
+        " streaming: false",
     ),
 }  # fmt: skip
 
@@ -170,7 +166,7 @@ GOOD_ONES = {
     "kto": recipe("kto", "preference: {undesirable_weight: 1.33, reference: precomputed}"),
     "orpo": recipe("orpo", "preference: {beta: 0.2}"),
     "simpo": recipe("simpo", "preference: {beta: 2, margin: 1.6}"),
-    "grpo": recipe("grpo", "policy: {passes: 2, clip: 0.1, max_kl: 1}", "sampling: {answers: 4, max_new_tokens: 9}"),
+    "grpo": recipe("grpo", "policy: {kl: 0.1, max_kl: 1}", "sampling: {answers: 4, max_new_tokens: 9}"),
     "grpo without a reference": recipe("grpo", "policy: {kl: 0}"),
     "rloo": recipe("rloo", "policy: {whiten: true}", "preference: {reference: adapter_off}"),
     "several rewards": recipe(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from llama_ft import load_recipe, train_recipe
+from llama_ft.recipe import dump
 from llama_ft.train.guards import Diverged
-from tests.train.conftest import metric
+from tests.conftest import ROOT
+from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric
 
 RATE = {"reward": 1e-3}
 
@@ -140,3 +143,28 @@ def test_a_step_that_breaks_names_its_pairs(aligned, pairs):
     records = [json.loads(line) for line in faults]
     assert len(records) == 8 and all("rejected" in one and one["text"] != one["rejected"] for one in records)
     assert all(f"{pairs.name}, row " in one["where"] for one in records)
+
+
+def test_a_resumed_run_is_exact(aligned):
+    """Also where the reference was asked beforehand: it is that of the start and not of the checkpoint."""
+    full = ("adapter.method=full", "preference.reference=precomputed", "export.merged=false", "eval_data=null")
+    keys = (*full, "training.learning_rate=1.0e-5", "training.max_steps=4", "training.save_every=2")
+    whole = train_recipe(aligned("dpo", *keys, run="whole"))
+    train_recipe(aligned("dpo", *keys[:-2], "training.max_steps=2", "training.save_every=2", run="cut"))
+    cut = train_recipe(aligned("dpo", *keys, run="cut"), resume=True)
+    assert metric(cut.path) == metric(whole.path)
+    assert metric(cut.path, "margin") == metric(whole.path, "margin") and metric(whole.path, "margin")[-1] != 0
+
+
+def test_two_processes_train_as_one(aligned, tmp_path):
+    """Pairs dealt to two processes, one of them with less to do in the last step: the curve of one."""
+    recipe = aligned("dpo", "training.max_steps=3", "export.merged=false", "training.micro_batch=2", run="one")
+    one = train_recipe(recipe)
+    file = tmp_path / "two.yaml"
+    file.write_text(dump(recipe.model_copy(update={"output_dir": str(tmp_path / "two")})))
+    config = str(ROOT / "accelerate_configs" / "cpu_ddp_2.yaml")
+    line = [*ACCELERATE, "--config_file", config, "-m", "llama_ft.train", str(file)]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for key in ("loss", "margin", "eval_loss", "eval_items"):
+        assert metric(tmp_path / "two", key) == pytest.approx(metric(one.path, key), abs=1e-5), key
