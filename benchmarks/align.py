@@ -27,6 +27,7 @@ from llama_ft.data.problems import Problems
 from llama_ft.data.sources import open_sources
 from llama_ft.errors import UserError, user_facing
 from llama_ft.files import write_json, write_text
+from llama_ft.recipe import load_recipe
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Data
 from llama_ft.train.page.gather import STATUS
@@ -221,6 +222,8 @@ def main() -> None:
     options = parse()
     with user_facing():
         split(options.data, options.out / "data")
+        for link in CHAIN:  # a mistake in the last one is told before the first one costs anything
+            load_recipe(link.recipe, overrides_of(link, options), look_up=False)
         for link in CHAIN:
             train(link, options)
         from benchmarks.align_table import report

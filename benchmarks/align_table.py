@@ -64,9 +64,13 @@ def asking_recipe(options: argparse.Namespace) -> Recipe:
 
 def folders(options: argparse.Namespace) -> dict[str, Path]:
     """The models that write, by their step; the one that the chain starts from first."""
-    base = options.base or load_recipe(CHAIN[0].recipe).model.base
     merged = {link.name: Run(options.out / link.name).merged for link in CHAIN if link.name != REWARD}
-    return {START: locate_base(base), **merged}
+    return {START: locate_base(base_of(options)), **merged}
+
+
+def base_of(options: argparse.Namespace) -> str:
+    """What the chain starts from, as its first recipe or the command line calls it."""
+    return options.base or load_recipe(CHAIN[0].recipe).model.base
 
 
 def model_of(folder: Path) -> Any:
@@ -198,11 +202,11 @@ def report(options: argparse.Namespace) -> str:
     about, asked = machine(), prompts[0].turns[-1]["content"]
     packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
     text = (
-        f"# Llama-2-Chat's chain on SmolLM2-135M\n\n{about['cpu']}; {packages}; {about['date']}. Rows: "
-        f"{options.data.name}, one conversation in five held out of all steps. Rewards are the second step's scores of "
-        f"{options.answers} answers to each of {len(prompts)} held-out prompts, drawn with the same seeds by all; "
-        "± is a standard error; KL in nats per token of own answers. The answers are what a small model says to people "
-        f"who lead it astray.\n\n{table(found)}\n\nThe prompt of these answers: {shown(asked)}\n"
+        f"# Llama-2-Chat's chain on {Path(base_of(options)).name}\n\n{about['cpu']}; {packages}; {about['date']}. "
+        f"Rows: {options.data.name}, one conversation in five held out of all steps. Rewards are the second step's "
+        f"scores of answers to {len(prompts)} held-out prompts, {options.answers} to each, drawn by all with the same "
+        "seeds; ± is a standard error; KL in nats per token of own answers. What a small model says to people who lead "
+        f"it astray may offend.\n\n{table(found)}\n\nThe prompt of these answers: {shown(asked)}\n"
     )
     write_text(options.out / "align.md", text)
     write_json(options.out / "align.json", {"machine": about, "steps": found, "prompt": asked, "kl": _named(kl)})

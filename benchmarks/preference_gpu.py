@@ -113,8 +113,13 @@ def measure_trl(options: argparse.Namespace, pairs: Path, out: Path) -> dict[str
     from benchmarks import trl_dpo
 
     spec = {
-        "config": PRESETS[options.shape].config_dict(context=max(sum(options.lengths), 64)),
-        **{"tokenizer": str(locate_base("smollm2-135m")), "pairs": str(pairs), "adapter": None, "out": str(out)},
+        **{"config": PRESETS[options.shape].config_dict(context=max(sum(options.lengths), 64))},
+        **{
+            "tokenizer": str(locate_base(options.tokenizer, weights=False)),
+            "pairs": str(pairs),
+            "adapter": None,
+            "out": str(out),
+        },
         **{"variant": options.contender, "steps": WARM_UP + options.steps, "batch": options.batch, "seed": 0},
         **{"micro_batch": options.micro_batch, "learning_rate": LEARNING_RATE, "beta": BETA, "device": options.device},
         **{"r": options.rank, "alpha": 2 * options.rank, "threads": usable_cores()},
@@ -126,7 +131,7 @@ def measure_trl(options: argparse.Namespace, pairs: Path, out: Path) -> dict[str
 def summary(found: dict[str, Any], batch: int) -> dict[str, Any]:
     """Pairs a second over the steps behind the warm-up, the first loss, and memory in GiB."""
     seconds = statistics.median(step["seconds"] for step in found["steps"][WARM_UP:])
-    memory = {name: found[name] / 2**30 for name in ("allocated", "reserved") if name in found}
+    memory: dict[str, Any] = {name: found[name] / 2**30 for name in ("allocated", "reserved") if name in found}
     return {"pairs_per_second": batch / seconds, "loss": found["steps"][0]["loss"], **memory}
 
 
@@ -170,6 +175,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="pairs a pass; trl-default takes its own eight")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help=f"behind {WARM_UP} that warm up")
+    parser.add_argument("--tokenizer", default="smollm2-135m", help="whose padding TRL takes: a name or a folder")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--contenders", default="; ".join((*OURS, *TRL)), help="separated by semicolons")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -192,16 +198,17 @@ def main() -> None:
         out.write_text(json.dumps(found))
         return
     rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_pairs(options, Path(folder, "pairs.jsonl"))
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        write_pairs(options, folder / "pairs.jsonl")
         for name in options.contenders.split("; "):
-            rows[name] = run(name, options, sys.argv[1:], Path(folder))
+            rows[name] = run(name, options, sys.argv[1:], folder)
             print(name, rows[name], file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    pairs = f"{options.batch} pairs of {' + '.join(map(str, options.lengths))} tokens a step"
+    work = f"{options.batch} pairs of {' + '.join(map(str, options.lengths))} tokens a step"
     text = (
         f"`python -m benchmarks.preference_gpu {' '.join(sys.argv[1:])}`\n\n{device}, torch {torch.__version__}; "
-        f"{time.strftime('%Y-%m-%d')}. {options.shape}, {pairs}.\n\n{table(rows)}\n"
+        f"{time.strftime('%Y-%m-%d')}. {options.shape}, {work}.\n\n{table(rows)}\n"
     )
     print(text)
     if not options.no_write:

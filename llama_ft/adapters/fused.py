@@ -91,21 +91,38 @@ def can_fuse(linear: nn.Module) -> TypeGuard[LoraLinear]:
 
 
 def fused_project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
-    """Fills the model's projection seam: fused where every module allows it, else exactly what PEFT computes."""
+    """Fills the model's projection seam: fused where every module allows it, else exactly what PEFT computes.
+
+    With adapters switched off it is the base's part of the fused product, rounded as there: in 16 bits a product of its
+    own for each projection would be another model than the one that an adapter with B = 0 is.
+    """
+    adapted = [linear for linear in linears if isinstance(linear, LoraLayer)]
+    if len(adapted) == len(linears) and all(linear.disable_adapters and not linear.merged for linear in adapted):
+        base = _base_of(x, [linear.get_base_layer() for linear in adapted])
+        if base is not None:
+            return F.linear(x, base if isinstance(base, Tensor) else base())
     loras = [linear for linear in linears if can_fuse(linear)]
     if len(loras) < len(linears):
-        return (project_each if any(isinstance(linear, LoraLayer) for linear in linears) else project)(x, linears)
+        return (project_each if adapted else project)(x, linears)
     parts: list[tuple[Any, str]] = [(lora, lora.active_adapters[0]) for lora in loras]
     scales = {lora.scaling[name] for lora, name in parts}
-    bases = [lora.get_base_layer() for lora, _ in parts]
-    quantised = [is_nf4(base) for base in bases]
-    held_in = bases[0].weight.quant_state.dtype if all(quantised) else bases[0].weight.dtype
-    mixed = len(scales) != 1 or any(quantised) != all(quantised)
-    if mixed or not x.dtype == multiplied_in(x) == held_in:  # autocast goes PEFT's way
+    base = _base_of(x, [lora.get_base_layer() for lora, _ in parts]) if len(scales) == 1 else None
+    if base is None:
         return project_each(x, linears)
     factors = [matrix[name].weight for lora, name in parts for matrix in (lora.lora_A, lora.lora_B)]
-    base = partial(_out_of_nf4, bases) if all(quantised) else _stacked([base.weight for base in bases])
     return _FusedLora.apply(x, base, scales.pop(), *factors)
+
+
+def _base_of(x: Tensor, bases: Sequence[Any]) -> Tensor | Callable[[], Tensor] | None:
+    """The stacked frozen weight that x is multiplied with, or what makes it; None where there is no such product."""
+    quantised = [is_nf4(base) for base in bases]
+    plain = all(quantised) or all(is_bare(base) for base in bases)
+    if not plain or any(base.bias is not None or base.weight.requires_grad for base in bases):
+        return None
+    held_in = bases[0].weight.quant_state.dtype if all(quantised) else bases[0].weight.dtype
+    if not x.dtype == multiplied_in(x) == held_in:  # autocast goes PEFT's way
+        return None
+    return partial(_out_of_nf4, bases) if all(quantised) else _stacked([base.weight for base in bases])
 
 
 def _out_of_nf4(bases: Sequence[Any]) -> Tensor:

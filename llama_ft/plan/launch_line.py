@@ -35,7 +35,7 @@ def accelerate_line(
     processes: overrides the config's number of devices; None leaves it. machines: further options of accelerate's that
     override its config, as `{"machine_rank": 1}`; True for one without a value.
     """
-    line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     # What accelerate would otherwise guess aloud.
     line += ["--dynamo_backend", "no"]
     if use_cpu:
@@ -77,7 +77,7 @@ def torchrun_line(recipe_path: str, overrides: list[str], flags: list[str], *, l
 
 def shown_line(line: list[str]) -> list[str]:
     """The same as a person types it: `accelerate launch …`, `torchrun …`."""
-    return ["torchrun" if line[2] == "torch.distributed.run" else "accelerate", *line[3:]]
+    return [*(["torchrun"] if line[2] == "torch.distributed.run" else ["accelerate", "launch"]), *line[3:]]
 
 
 def launch_for(config: str, launcher: Launcher | None, hardware: Hardware | None) -> tuple[str, Launcher]:

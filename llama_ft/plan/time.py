@@ -24,9 +24,10 @@ SAMPLE_TOKENS = 96
 QUESTIONS = 5
 """llama_ft.train.samples: asked at once."""
 PROOF_POSITIONS, PROOF_TOKENS = 700, 3 * 48 // 2
-SCORED_POSITIONS = 16 * 256
 """llama_ft.export.proof: positions compared and tokens answered, by two models each. A tuned model ends most answers
 before their limit: of three, about half."""
+SCORED_POSITIONS = 16 * 256
+"""llama_ft.export.scores: the same of a reward model, which answers nothing."""
 DURING = 64
 """llama_ft.train.samples: tokens of an answer at an evaluation."""
 

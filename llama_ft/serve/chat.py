@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_ft.errors import UserError, nearest
+from llama_ft.imports import for_good
 from llama_ft.paths import cache_dir
 
 COMMANDS = {
@@ -38,9 +39,10 @@ def chat(
         raise UserError("the question is empty", hint='llama-ft chat RUN --once "What is LoRA?"')
     _tolerant_streams()
     # Only now: the mistakes above should not wait for torch.
-    from llama_ft.serve.conversation import Dialogue, Refused
-    from llama_ft.serve.generate import Generator
-    from llama_ft.serve.source import open_source
+    with for_good():
+        from llama_ft.serve.conversation import Dialogue, Refused
+        from llama_ft.serve.generate import Generator
+        from llama_ft.serve.source import open_source
 
     opened = open_source(source)
     for notice in opened.notices:

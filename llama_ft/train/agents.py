@@ -25,7 +25,7 @@ import psutil
 from llama_ft.errors import EXIT_FAULT, MachineFault, Problem, user_facing
 from llama_ft.train.ports import answers, port_in_use, port_taken
 
-ACCELERATE = "accelerate.commands.accelerate_cli"
+ACCELERATE = "accelerate.commands.launch"
 WHOLE = "300"
 """Seconds that the other processes have to end in, once one has: the checkpoint of a run that is stopped is written."""
 
@@ -80,7 +80,7 @@ def start(module: str, arguments: list[str]) -> None:
         if module == ACCELERATE:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
-            launch_command(launch_command_parser().parse_args(arguments[1:]))
+            launch_command(launch_command_parser().parse_args(arguments))
         else:
             from torch.distributed.run import main as torchrun
 

@@ -135,6 +135,7 @@ def rejection_data(start: Start, loaded: Loaded, rewards: Rewards) -> Prepared:
     said = start.recipe.sampling.model_dump()
     scored = [one.model_dump() for one in start.recipe.rewards]
     facts = reference_facts(start, loaded) | {"sampling": said, "rewards": scored, "scored_by": rewards.fingerprint()}
+    facts["seed"] = start.recipe.training.seed
     return tuned_on_best(start, loaded.model, asker_of(start, loaded, rewards), facts)
 
 

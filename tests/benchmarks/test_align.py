@@ -112,6 +112,16 @@ def test_what_is_done_is_not_repeated(pairs, tmp_path):
     assert align.next_flag(sft, said) == "--overwrite", "its export was never made"
 
 
+def test_a_mistake_is_told_before_anything_is_trained(pairs, tmp_path, monkeypatch, capsys):
+    """The last step's, for one step is less than its warm-up takes."""
+    line = ["benchmarks.align", "--data", str(pairs), "--out", str(tmp_path / "out"), "--rloo-steps", "1"]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(SystemExit) as stopped:
+        align.main()
+    assert stopped.value.code == 2 and "warm-up takes 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "out" / SFT).exists()
+
+
 def test_a_step_that_fails_ends_the_chain_with_its_status(tmp_path, monkeypatch):
     said = options(tmp_path, "--base", "no-such-model")
     (said.out / "data").mkdir(parents=True)
@@ -193,7 +203,7 @@ def test_the_whole_chain(small_base, real_data, tmp_path):  # noqa: F811
     """Real rows, real recipes, the first two layers of the real model; a second call trains nothing."""
     data = real_data / "preference" / "hh_rlhf_harmless_test.jsonl.gz"
     small = ["--base", str(small_base), "--sft-rows", "32", "--pairs", "32", "--prompts", "40", "--rloo-prompts", "60"]
-    small += ["--rloo-steps", "2", "--held-out-pairs", "16", "--held-out-prompts", "8", "--answers", "1"]
+    small += ["--rloo-steps", "3", "--held-out-pairs", "16", "--held-out-prompts", "8", "--answers", "1"]
     line = [sys.executable, "-m", "benchmarks.align", "--data", str(data), "--out", str(tmp_path / "out"), *small]
     first = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]

@@ -150,10 +150,11 @@ def test_memory_of_a_process_tree(tmp_path):
 
 
 @pytest.mark.parametrize("contender", ["ours, checkpointed", "trl-tuned"])
-def test_a_preset_shape(contender, tmp_path):
+def test_a_preset_shape(contender, tiny_base, tmp_path):
     """Both sides of the GPU benchmark on a tiny shape: as many steps as asked for, the first of them at log 2."""
     said = ["--shape", "tiny", "--lengths", "24,12,9", "--rank", "4", "--steps", "2", "--device", "cpu", "--batch", "4"]
-    options = preference_gpu.parse([*said, "--micro-batch", "2", "--contender", contender])
+    said += ["--micro-batch", "2", "--tokenizer", str(tiny_base), "--contender", contender]
+    options = preference_gpu.parse(said)
     preference_gpu.write_pairs(options, tmp_path / "pairs.jsonl")
     if contender in preference_gpu.OURS:
         found = preference_gpu.measure_ours(options, tmp_path / "pairs.jsonl")

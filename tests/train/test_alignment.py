@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tests.conftest import ROOT
 from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric
 
 RATE = {"reward": 1e-3}
+REAL = ("dpo", "reward")
+"""Objectives that are shown on real rows and weights here; the others on a random model of two layers."""
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +45,35 @@ def judged(pairs) -> Path:
     return file
 
 
-@pytest.fixture
-def aligned(small_base, pairs, judged, tmp_path):
-    """A recipe with an objective, made small; more overrides may follow."""
+@pytest.fixture(scope="module")
+def small_rows(tmp_path_factory) -> dict[str, Path]:
+    """Pairs and judged answers that a tokenizer of 360 tokens writes in few."""
+    folder = tmp_path_factory.mktemp("small")
+    files = {"preference": folder / "pairs.jsonl", "rated": folder / "judged.jsonl"}
+    asked = [(f"What does llama {n} eat?", f"Llama {n} eats grass.", f"Stones, {n} of them!") for n in range(56)]
+    rows: dict[str, list[dict]] = {
+        "preference": [{"prompt": q, "chosen": good, "rejected": bad} for q, good, bad in asked],
+        "rated": [
+            {"prompt": q, "completion": (bad, good)[n % 2], "label": bool(n % 2)}
+            for n, (q, good, bad) in enumerate(asked)
+        ],
+    }
+    for layout, file in files.items():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[layout]))
+    return files
 
-    def make(objective: str, *overrides: str, run: str = "run"):
-        layout, rows = ("rated", judged) if objective == "kto" else ("preference", pairs)
+
+@pytest.fixture
+def aligned(tiny_base, small_base, pairs, judged, small_rows, tmp_path):
+    """A recipe with an objective, made small; more overrides may follow. real: on two layers of SmolLM2 and HH-RLHF."""
+
+    def make(objective: str, *overrides: str, run: str = "run", real: bool = False):
+        layout = "rated" if objective == "kto" else "preference"
+        rows = {"preference": pairs, "rated": judged}[layout] if real else small_rows[layout]
         return load_recipe(
             "quickstart",
             [
-                f"model.base={small_base}",
+                f"model.base={small_base if real else tiny_base}",
                 f"training.objective={objective}",
                 "data.0.use=null",
                 f"data.0.path={rows}",
@@ -84,7 +106,7 @@ def aligned(small_base, pairs, judged, tmp_path):
 )
 def test_it_learns_its_objective(aligned, objective, extra, tmp_path):
     """The loss of the training set falls, the export is proven, and every figure is there."""
-    run = train_recipe(aligned(objective, "training.max_steps=12", *extra))
+    run = train_recipe(aligned(objective, "training.max_steps=12", *extra, real=objective in REAL))
     losses = metric(run.path)
     assert sum(losses[-3:]) < sum(losses[:3])
     assert json.loads(run.proof_file.read_text())["ok"]
@@ -133,7 +155,7 @@ def test_kto_does_not_see_how_a_step_is_cut(aligned):
     assert max(curves[0][1]) > 0
 
 
-def test_a_step_that_breaks_names_its_pairs(aligned, pairs):
+def test_a_step_that_breaks_names_its_pairs(aligned, small_rows):
     recipe = aligned("dpo", "training.learning_rate=1.0e+19", "training.max_grad_norm=0", "training.warmup=0")
     with pytest.raises(Diverged) as error:
         train_recipe(recipe)
@@ -142,18 +164,19 @@ def test_a_step_that_breaks_names_its_pairs(aligned, pairs):
     faults = next(Path(recipe.run_dir).glob("faults/*.jsonl")).read_text().splitlines()
     records = [json.loads(line) for line in faults]
     assert len(records) == 8 and all("rejected" in one and one["text"] != one["rejected"] for one in records)
-    assert all(f"{pairs.name}, row " in one["where"] for one in records)
+    assert all(f"{small_rows['preference'].name}, row " in one["where"] for one in records)
 
 
 def test_a_resumed_run_is_exact(aligned):
     """Also where the reference was asked beforehand: it is that of the start and not of the checkpoint."""
     full = ("adapter.method=full", "preference.reference=precomputed", "export.merged=false", "eval_data=null")
-    keys = (*full, "training.learning_rate=1.0e-5", "training.max_steps=4", "training.save_every=2")
-    whole = train_recipe(aligned("dpo", *keys, run="whole"))
-    train_recipe(aligned("dpo", *keys[:-2], "training.max_steps=2", "training.save_every=2", run="cut"))
-    cut = train_recipe(aligned("dpo", *keys, run="cut"), resume=True)
-    assert metric(cut.path) == metric(whole.path)
-    assert metric(cut.path, "margin") == metric(whole.path, "margin") and metric(whole.path, "margin")[-1] != 0
+    recipe = aligned("dpo", *full, "training.learning_rate=1.0e-4", "training.max_steps=4", "training.save_every=2")
+    run = train_recipe(recipe)
+    whole = {key: metric(run.path, key) for key in ("loss", "margin", "grad_norm")}
+    assert whole["margin"][-1] != 0
+    shutil.rmtree(run.checkpoint(4))
+    train_recipe(recipe, resume=True)
+    assert {key: metric(run.path, key) for key in whole} == whole
 
 
 def test_two_processes_train_as_one(aligned, tmp_path):

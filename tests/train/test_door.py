@@ -19,7 +19,7 @@ LLAMA_FT = [sys.executable, "-m", "llama_ft.cli", "train", "quickstart"]
 
 def test_launch_line():
     line = launch_command("quickstart", ["training.max_steps=3"], ["--resume"])
-    assert line[1:5] == ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    assert line[1:4] == ["-m", "accelerate.commands.launch", "--quiet"]
     config = line.index("--config_file") + 1
     assert line[config].endswith("accelerate_configs/cpu.yaml")
     assert line[config + 1 :] == ["-m", "llama_ft.train", "quickstart", "training.max_steps=3", "--resume"]

@@ -180,7 +180,7 @@ def test_the_line_of_several_machines(config, port):
         assert line[line.index(f"--{option}") + 1] == value
     assert line[line.index("--num_processes") + 1] == "32"
     assert line.count("--main_process_port") == 1
-    read, _, _ = _validate_launch_command(launch_command_parser().parse_args(line[4:]))
+    read, _, _ = _validate_launch_command(launch_command_parser().parse_args(line[3:]))
     assert (read.main_process_port, read.rdzv_backend, read.same_network) == (port or 29500, "static", True)
     assert read.deepspeed_multinode_launcher == ("standard" if config == "zero3" else None)
     assert read.training_script == "llama_ft.train"

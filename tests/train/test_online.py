@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -15,7 +16,7 @@ from llama_ft.train.rejection import best_of, best_of_k
 from tests.train.conftest import metric
 
 ROWS = 24
-SHORT = "def worth(prompt, answer, reference):\n    return -float(len(answer)) / 40\n"
+LETTER = "def worth(prompt, answer, reference):\n    return answer.count('e') / 10\n"
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +32,16 @@ def rows(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def policy(small_base, rows, tmp_path):
+def policy(tiny_base, rows, tmp_path):
     """A recipe of an objective that samples, made small; its reward is a function in a file of the user's."""
 
-    def make(objective: str, *overrides: str, run: str = "run", worth: str = SHORT):
+    def make(objective: str, *overrides: str, run: str = "run", worth: str = LETTER):
         (tmp_path / "worth.py").write_text(worth)
         size = ["training.global_batch=8"] if objective == "rejection_sampling" else ["training.global_batch=32"]
         return load_recipe(
             "quickstart",
             [
-                f"model.base={small_base}",
+                f"model.base={tiny_base}",
                 f"training.objective={objective}",
                 "data.0.use=null",
                 f"data.0.path={rows}",
@@ -68,26 +69,29 @@ def policy(small_base, rows, tmp_path):
 @pytest.mark.parametrize("objective", ["grpo", "rloo"])
 def test_a_policy_learns_what_is_rewarded(policy, objective):
     extra = ("policy.whiten=true",) if objective == "rloo" else ()
-    run = train_recipe(policy(objective, "training.max_steps=8", *extra))
+    run = train_recipe(
+        policy(objective, "training.max_steps=16", "training.eval_every=16", "training.learning_rate=1e-2", *extra)
+    )
     rewards = metric(run.path, "reward")
-    assert len(rewards) == 8 and mean(rewards[-2:]) > mean(rewards[:2])
+    assert len(rewards) == 16 and mean(rewards[-4:]) > mean(rewards[:4])
     kl = metric(run.path, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
     assert json.loads(run.proof_file.read_text())["ok"]
     held_out = metric(run.path, "eval_reward")
     assert held_out[-1] > held_out[0] and metric(run.path, "eval_loss") == [-one for one in held_out]
     lines = [json.loads(line) for line in (run.path / "sampled" / "answers.jsonl").read_text().splitlines()]
-    assert [one["step"] for one in lines] == list(range(1, 9)) and len(lines[0]["answers"]) == 4
+    assert [one["step"] for one in lines] == list(range(1, 17)) and len(lines[0]["answers"]) == 4
 
 
-def test_a_resumed_policy_draws_the_same(policy, tmp_path):
-    """Stopped after step 3, by its own weights and random numbers; the curve and the answers are those of one go."""
-    whole = train_recipe(policy("grpo", "export.merged=false", run="whole"))
-    train_recipe(policy("grpo", "export.merged=false", "training.max_steps=3", run="cut"))
-    cut = train_recipe(policy("grpo", "export.merged=false", run="cut"), resume=True)
-    for key in ("loss", "reward", "kl", "eval_reward"):
-        assert metric(cut.path, key) == metric(whole.path, key), key
-    assert (cut.path / "sampled/answers.jsonl").read_text() == (whole.path / "sampled/answers.jsonl").read_text()
+def test_a_resumed_policy_draws_the_same(policy):
+    """Gone on with from step 3, by its own weights and random numbers: curve and answers are those of one go."""
+    recipe = policy("grpo", "export.merged=false")
+    run = train_recipe(recipe)
+    said = run.path / "sampled/answers.jsonl"
+    whole = [metric(run.path, key) for key in ("loss", "reward", "kl", "eval_reward")] + [said.read_text()]
+    shutil.rmtree(run.checkpoint(6))
+    train_recipe(recipe, resume=True)
+    assert [metric(run.path, key) for key in ("loss", "reward", "kl", "eval_reward")] + [said.read_text()] == whole
 
 
 def test_micro_batches_do_not_show_in_what_is_learnt(policy):
@@ -147,6 +151,6 @@ def test_a_reward_that_raises_is_named(policy, rows):
 
 
 def test_a_prompt_without_room_is_named(policy, rows):
-    with pytest.raises(UserError, match="than the 8,192 that") as error:
-        train_recipe(policy("grpo", "sampling.max_new_tokens=8190", "sequence.max_length=8192"))
+    with pytest.raises(UserError, match="than the 512 that") as error:
+        train_recipe(policy("grpo", "sampling.max_new_tokens=500", "sequence.max_length=512"))
     assert rows.name in error.value.block() and "sampling.max_new_tokens" in error.value.block()
