@@ -104,11 +104,11 @@ def test_length_counts_tokens_from_0_at_the_target_to_minus_1():
         assert [one.total for one in rewards.score(answers)] == pytest.approx([0, -0.5, -0.5, -1, -1, -0.9])
 
 
-def test_format_is_found_in_the_answer():
-    with opened({"function": "format", "pattern": r"(?s)^<think>.*</think>\s*\d+$"}) as rewards:
+def test_format_matches_the_whole_answer():
+    with opened({"function": "format", "pattern": r"(?s)<think>.*</think>\s*\d+"}) as rewards:
         said = ["<think>two\nand two</think>\n4", "<think>two</think> 4 it is", "4"]
         assert [one.total for one in rewards.score([asked(one) for one in said])] == [1.0, 0.0, 0.0]
-    with opened({"function": "format", "pattern": r"= -?\d+\.?$"}) as rewards:
+    with opened({"function": "format", "pattern": r".*= ?-?\d+\.?"}) as rewards:
         said = ["12 + 5 = 17", "12 + 5 = 17 I think"]
         assert [one.total for one in rewards.score([asked(one) for one in said])] == [1.0, 0.0]
 

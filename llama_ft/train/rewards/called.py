@@ -126,7 +126,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             return {"value": None}
         if "call" in request:
             return {"value": call(request["call"], request["name"], request["arguments"])}
-        return {"value": float(re.search(request["pattern"], request["text"]) is not None)}
+        return {"value": float(re.fullmatch(request["pattern"], request["text"]) is not None)}
     except Fault as fault:
         return fault.answer
 

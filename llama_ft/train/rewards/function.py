@@ -133,7 +133,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Pattern:
-    """1 where a regex of Python's `re` is found in the answer, else 0; `^` and `$` tie it to its ends."""
+    """1 where the whole answer matches a regex of Python's `re` (fullmatch), else 0."""
 
     pattern: str
     timeout: float
