@@ -84,6 +84,7 @@ def build(job: Job, folder: Path, progress: Progress | None = None, processes: i
         job.vocabulary,
         near=job.mixture.dedupe == "near",
         keep_messages=job.keep_messages or job.evaluation is not None,
+        asked=job.keep_messages,
         overlaps=overlap_indexes(job.benchmarks, job.held_out, decontaminate=job.mixture.decontaminate),
     )
     with Workers(chunks, job.sources, processes) as workers:

@@ -79,7 +79,10 @@ class Chunk:
 
 @dataclass
 class ChunkMaker:
-    """Makes chunks; picklable, so that other processes can. `vocabulary`: rows of the model's embedding, if known."""
+    """Makes chunks; picklable, so that other processes can.
+
+    `vocabulary`: rows of the model's embedding, if known. `asked`: prompts are asked again, without tools.
+    """
 
     documents: DocumentMaker
     train_on: str
@@ -87,6 +90,7 @@ class ChunkMaker:
     vocabulary: int | None = None
     near: bool = False
     keep_messages: bool = False
+    asked: bool = False
     overlaps: list[OverlapIndex] = field(default_factory=list)
 
     def make(self, source: Source, number: int, rows: Sequence[Row]) -> Chunk:
@@ -95,7 +99,11 @@ class ChunkMaker:
         documents = self.documents.make(source, rows, problems)
         notes: Counter[str] = Counter()
         faults: Faults = {}
+        places = {row: where for row, where, _ in rows} if self.asked else {}
         for document in documents:
+            if self.asked and document.example.tools:
+                hint = "leave out the row, or its tools"
+                problems.add("a policy cannot be offered tools yet", where=places[document.row], hint=hint)
             notes.update(self._notes(document))
             self._look(document, faults)
         kept = [document for document in documents if document.dropped is None]

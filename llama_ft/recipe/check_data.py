@@ -20,8 +20,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sft": (*CONVERSATIONS, "text", "preference"),
     **dict.fromkeys(ONLINE, (*CONVERSATIONS, "preference", "rated")),
 }
-"""Layouts that an objective trains on. Of a pair sft learns the better answer. Prompts are drawn from whatever has a
-user's turn: the row's own answer, if it has one, is taken off and is what exact_match and code compare with."""
+"""Layouts that an objective trains on. Of a pair sft learns the better answer. Prompts are drawn from whatever has
+an answer: the last one is taken off, and is what exact_match and code compare with."""
 
 
 def layout_fits(objective: str, layout: str) -> tuple[str, str] | None:

@@ -62,7 +62,7 @@ def _needs_whole_weights(engine: str, method: str, objective: str, reference: st
     if objective in ONLINE:
         what = f"{objective} samples with whole weights, and {engine} would gather every layer for every token"
         return [Unfit("training.objective", what, "take ddp.yaml or zero2.yaml")]
-    if objective in ("dpo", "kto") and method == "full" and reference == "copy":
+    if objective in ("dpo", "kto") and reference == "copy":
         what = f"{engine} cuts up the model that is trained, a second copy would lie whole on every device"
         return [Unfit("preference.reference", what, "write precomputed, or take zero2.yaml")]
     return []

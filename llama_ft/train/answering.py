@@ -27,6 +27,13 @@ class AnswerTrainer(LlamaTrainer):
         self.figures: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop; whoever is the reference leaves memory with its last step."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.reference = None
+
     def ask(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """What the model says of a batch that lies where it does, with gradient."""
         raise NotImplementedError
@@ -37,7 +44,7 @@ class AnswerTrainer(LlamaTrainer):
         was_training = model.training
         model.eval()
         try:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 return self.ask(model, self._prepare_inputs(batch)).detach()
         finally:
             model.train(was_training)

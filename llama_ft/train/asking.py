@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from llama_ft.adapters.quantised import unpacked
@@ -20,15 +21,16 @@ from llama_ft.data.examples import Conversation
 from llama_ft.data.prepare import Prepared
 from llama_ft.data.render import Renderer
 from llama_ft.errors import UserError
+from llama_ft.llama.context import context_length, rope_of
 from llama_ft.llama.sampling import Sampled, sample
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.objectives.reference import INDEX
 from llama_ft.train.rewards.rewards import Asked, Rewards, Scored
 
+MARGIN = 32
+"""Tokens by which a prompt may be longer than the document that it is of."""
 MESSAGES = "messages"
 """Column of prepared documents: the conversation, as JSON."""
-TOGETHER = 64
-"""Answers that are drawn in one go at most where nothing else says how many."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class PromptCollator:
     """Documents to prompts: {"prompts": [Prompt …], "origins": …}. What only fills a step up gives none."""
 
     def __init__(self, prepared: Prepared, places: Any):
-        """places: `(source, row) -> str`, what messages call a row."""
+        """places: `(index, source, row) -> str`, what messages call a document's row."""
         self.renderer = Renderer(prepared.template, prepared.tokenizer)
         self.places = places
 
@@ -72,8 +74,9 @@ class PromptCollator:
         turns = json.loads(document[MESSAGES])
         reference = turns[-1]["content"] if turns[-1]["role"] == "assistant" else None
         asked = turns[:-1] if reference is not None else turns
-        place = self.places(int(document["source"]), int(document["row"]))
-        return Prompt(self.renderer.prompt_ids(asked), asked, reference, int(document[INDEX]), place)
+        index = int(document[INDEX])
+        place = self.places(index, int(document["source"]), int(document["row"]))
+        return Prompt(self.renderer.prompt_ids(asked), asked, reference, index, place)
 
 
 class Asker:
@@ -134,6 +137,15 @@ class Asker:
             for group, said in zip(drawn, texts, strict=True)
         ]
 
+    def check_room(self, collate: PromptCollator, *sets: Any) -> None:
+        """Looks before the first step whether every prompt leaves room for an answer. sets: numbered documents."""
+        most = self.context - self.recipe.sampling.max_new_tokens
+        for documents in sets:
+            # A prompt is shorter than its document, but for what a template writes where an answer is to come.
+            lengths = np.asarray(documents.with_format("numpy")["length"][:])
+            long = np.flatnonzero(lengths > most - MARGIN).tolist()
+            self._check_room([collate.prompt(documents[number]) for number in long if documents[number][MESSAGES]])
+
     def _check_room(self, prompts: Sequence[Prompt]) -> None:
         longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
         new = self.recipe.sampling.max_new_tokens
@@ -154,8 +166,12 @@ def mixed(seed: int, index: int, number: int) -> int:
 
 
 def context_of(model: Any) -> int:
-    """The longest document that a model was made for, in tokens."""
-    return int(model.config.max_position_embeddings)
+    """The longest document that a model reads, in tokens, its RoPE scaling counted in.
+
+    Under `dynamic` scaling answers are drawn within the original context alone (llama_ft/llama/sampling.py).
+    """
+    dynamic = rope_of(model.config)["rope_type"] == "dynamic"
+    return int(model.config.max_position_embeddings) if dynamic else context_length(model.config)
 
 
 @torch.no_grad()

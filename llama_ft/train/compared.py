@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from llama_ft.recipe.schema import Recipe
 from llama_ft.recipe.schema_objective import Preference
 from llama_ft.train.comparing import ComparingTrainer
 from llama_ft.train.ends import EndToken
+from llama_ft.train.engine import engine_of
 from llama_ft.train.guards import Guard
 from llama_ft.train.load import Loaded, load_whole
 from llama_ft.train.lock import folder_fingerprint
@@ -82,7 +84,8 @@ class ComparedRun(ComparingTrainer):
         every = gather_object([(scores, margins)])
         if self.is_world_process_zero():
             scores, margins = (torch.cat([one[side] for one in every]) for side in (0, 1))
-            write_accuracy(self.run, accuracy_by_margin(scores, margins))
+            told = accuracy_by_margin(scores, margins)
+            write_accuracy(self.run, [{"step": self.state.global_step, **one} for one in told])
         return {}
 
     def find_reference(self) -> Reference:
@@ -94,16 +97,17 @@ class ComparedRun(ComparingTrainer):
         if asked == "adapter_off":
             return AdapterOff()
         if asked == "copy":
-            return Copy(copy_of_base(start, self.loaded))
+            return Copy(copy_of_base(start, self.loaded, self.model))
         sets = [one for one in (self.train_dataset, self.eval_dataset) if one is not None]
         return precomputed(self, sets, reference_facts(start, self.loaded), start.console)
 
 
-def copy_of_base(start: Start, loaded: Loaded) -> Any:
-    """A second model with the weights that the run starts from."""
+def copy_of_base(start: Start, loaded: Loaded, trained: Any) -> Any:
+    """A second model with the weights that the run starts from, held as the trained one is: DeepSpeed's in 16 bits."""
     model = load_whole(start.base, loaded.compute_dtype, start.state.device)
     model.model.set_fast(Fast(attention=start.recipe.model.attention))
-    return model.to(start.state.device)
+    held = next(trained.parameters()).dtype if start.base.full else loaded.compute_dtype
+    return model.to(start.state.device, held)
 
 
 def reference_facts(start: Start, loaded: Loaded) -> dict[str, Any]:
@@ -120,6 +124,9 @@ def reference_facts(start: Start, loaded: Loaded) -> dict[str, Any]:
         "compute": str(loaded.compute_dtype),
         "device": start.state.device.type,
         "packing": recipe.sequence.packing,
+        "rounded": "float32" if recipe.adapter.method == "full" else recipe.model.dtype,
+        "engine": engine_of(start.state).name,
+        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
     }
 
 
@@ -144,13 +151,21 @@ def compared_trainer(start: Start, loaded: Loaded, common: dict[str, Any]) -> Co
 class ComparingGuard(Guard):
     """Names pairs and judged answers where a step must not be taken."""
 
+    @property
+    def max_spike(self) -> float:
+        """IPO's loss is a square around 1 / 2β: a nat of difference moves it by 1 / β."""
+        said, objective = self.recipe.preference, self.recipe.training.objective
+        return super().max_spike / (float(said.beta) if objective == "dpo" and said.loss == "ipo" else 1.0)
+
     def _records(self, trainer: Any) -> list[dict[str, Any]]:
         """This process's items of the step, each with what it costs now."""
         decode = self.prepared.tokenizer.decode
         records = []
+        model, was_training = trainer.model_wrapped, trainer.model_wrapped.training
+        model.eval()
         for number, (batch, origins) in enumerate(self.batches):
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                ends = trainer.ends_of(trainer.model_wrapped, dict(batch))
+            with torch.no_grad(), trainer.accelerator.autocast():
+                ends = trainer.ends_of(model, dict(batch))
                 losses = trainer.objective.judge(ends).losses.tolist()
             real = trainer.objective.real(ends.lengths).tolist()
             whole = list(ends_of(batch))
@@ -170,4 +185,5 @@ class ComparingGuard(Guard):
                         **({"rejected": sides[1]} if at_once == 2 else {}),
                     }
                 )
+        model.train(was_training)
         return records

@@ -111,7 +111,7 @@ class ComparingTrainer(AnswerTrainer):
                 batch.pop("origins", None)
                 if "others" in batch:
                     others.append(batch["others"])
-                with self.compute_loss_context_manager():
+                with self.accelerator.autocast():
                     found.append(self.ends_of(model, batch))
         finally:
             model.train(was_training)

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from llama_ft.errors import MachineFault
+from llama_ft.plan.steps import per_device
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 
@@ -59,7 +60,7 @@ def largest_half(recipe: Recipe, micro_batch: int | None) -> int | None:
     """The largest divisor of the global batch that is at most half of `micro_batch`; None when one was too much."""
     if micro_batch is None or micro_batch < 2:
         return None
-    batch = recipe.training.global_batch
+    batch = per_device(recipe, 1)
     return next(n for n in range(micro_batch // 2, 0, -1) if batch % n == 0)
 
 

@@ -83,6 +83,11 @@ class Guard:
         self.batches: list[tuple[dict[str, Any], list[tuple[int, ...]]]] = []
         self.loss: torch.Tensor | None = None
 
+    @property
+    def max_spike(self) -> float:
+        """Nats above the steps before that are too many."""
+        return float(self.recipe.training.max_spike)
+
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
         """Takes note of a step's micro-batches, and takes the origins of their documents out of them."""
         self.batches = [(batch, batch.pop("origins", [])) for batch in batches]
@@ -108,7 +113,7 @@ class Guard:
         worst = next((one for one in norms if not math.isfinite(one)), max(norms))
         # A step writes one line, and a second one where it is followed by an evaluation.
         before = [line["loss"] for line in trainer.state.log_history[-2 * WINDOW :] if "loss" in line]
-        fault = fault_of(sum(losses) / len(losses), worst, before, self.recipe.training.max_spike)
+        fault = fault_of(sum(losses) / len(losses), worst, before, self.max_spike)
         if fault is not None:
             self._stop(trainer, fault)
 

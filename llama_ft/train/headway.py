@@ -85,8 +85,10 @@ class Follow(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         model = kwargs["model"]
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inner = getattr(base, "model", base)  # whoever asks, training, evaluation or generate, passes through it
-        self.hooks = [inner.register_forward_pre_hook(self._before), inner.register_forward_hook(self._after)]
+        inner = getattr(base, "model", base)
+        # Not the module itself: losses and log-probabilities go by its own roads, which all begin and end with these.
+        first, last = getattr(inner, "embed_tokens", inner), getattr(inner, "norm", inner)
+        self.hooks = [first.register_forward_pre_hook(self._before), last.register_forward_hook(self._after)]
         self.headway.limit = 0 if self.waits_for_first else self.limit
         self.headway.move("reading the first documents", step=state.global_step, phase=ENDED)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from llama_ft.data.ends import end_lengths, ends_of, lay_groups, lay_out, per_end
 from llama_ft.data.render import MASKED
 from llama_ft.train.answering import LAYOUT, AnswerTrainer
-from llama_ft.train.asking import Answer, Asker, Prompt, figures_of
+from llama_ft.train.asking import Answer, Asker, Prompt, figures_of, mixed
 from llama_ft.train.guards import Guard
 from llama_ft.train.objectives.losses import group_advantages, k3, leave_one_out
 from llama_ft.train.objectives.policy import answer_losses
@@ -49,7 +49,9 @@ class OnlineTrainer(AnswerTrainer):
         prompts = [prompt for batch in batches for prompt in batch["prompts"]]
         with kept_random_numbers(self.args.device):
             answers = self.recipe.sampling.answers
-            groups = self.asker.ask(self.model, prompts, answers, self.state.global_step)
+            seed = mixed(self.recipe.training.seed, self.state.global_step, 0)
+            with self.asking():
+                groups = self.asker.ask(self.model, prompts, answers, seed)
             self.count({name: both.to(self.args.device) for name, both in figures_of(groups).items()})
             laid = self._laid_out(batches, groups)
             rewards = torch.tensor([one.scored.total for group in groups for one in group], device=self.args.device)
@@ -80,12 +82,11 @@ class OnlineTrainer(AnswerTrainer):
             batch["reference"] = self.reference.of(self, batch)
             if per_answer and batch["targets"].numel():
                 kl.append(per_end(self.said_of(self.model, batch) - batch["reference"], batch["ends"]))
-        if kl:  # arXiv 2307.09288, equation 4: the distance is part of the reward
+        if per_answer and policy.whiten:  # arXiv 2307.09288, section 3.2.3: before the distance is taken off
+            rewards = self._whitened(rewards)
+        if kl:  # equation 4: the distance is part of the reward
             rewards = rewards - float(policy.kl) * torch.cat(kl)
-        if per_answer:
-            advantages = leave_one_out(self._whitened(rewards) if policy.whiten else rewards, answers)
-        else:
-            advantages = group_advantages(rewards, answers)
+        advantages = leave_one_out(rewards, answers) if per_answer else group_advantages(rewards, answers)
         rest = advantages
         for batch in laid:
             count = len(batch["ends"]) - 1 if batch["targets"].numel() else 0
@@ -140,7 +141,8 @@ class OnlineTrainer(AnswerTrainer):
             prompts = batch["prompts"]
             if not prompts:
                 continue
-            said = self.asker.ask(self.model, prompts, 1, HELD_OUT)
+            with self.asking():
+                said = self.asker.ask(self.model, prompts, 1, HELD_OUT)
             groups += said
             if self.reference is not None:
                 pairs = zip(prompts, said, strict=True)
@@ -148,10 +150,9 @@ class OnlineTrainer(AnswerTrainer):
                 values = self.said_of(self.model, laid) - self.reference.of(self, laid)
                 kl += added_up(k3(values))
         found = {name: both.to(self.args.device) for name, both in figures_of(groups).items()}
-        if self.reference is not None:
-            found["kl"] = kl
         told = self.means(found)
-        return {"loss": -told.get("reward", math.nan), **told}
+        distance = {"kl": self.means({"kl": kl}).get("kl", math.nan)} if self.reference is not None else {}
+        return {"loss": -told.get("reward", math.nan), **told, **distance}
 
 
 class OnlineGuard(Guard):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
+import torch
+from peft import PeftModel
 
-from llama_ft.data.batches import PackedCollator
+from llama_ft.adapters.lora import stack_projections
+from llama_ft.data.batches import PackedCollator, PaddedCollator
 from llama_ft.data.prepare import Prepared
 from llama_ft.files import keep_lines
+from llama_ft.llama.load import DTYPES
 from llama_ft.recipe.run import Run
 from llama_ft.train.asking import Answer, Asker, Prompt, PromptCollator, context_of, figures_of
 from llama_ft.train.compared import copy_of_base, numbered, reference_facts, shares_prompts
 from llama_ft.train.ends import EndToken
 from llama_ft.train.guards import Guard
-from llama_ft.train.load import Loaded
+from llama_ft.train.load import Loaded, trains_base_weights
 from llama_ft.train.objectives.reference import AdapterOff, Copy, Reference
 from llama_ft.train.online import HELD_OUT, OnlineGuard, OnlineTrainer
 from llama_ft.train.rejection import FOLDER, record, tuned_on_best
@@ -35,8 +40,14 @@ def asker_of(start: Start, loaded: Loaded, rewards: Rewards) -> Asker:
 
 
 def collator_of(prepared: Prepared) -> PromptCollator:
-    """Documents to prompts, each with the place of its row."""
-    return PromptCollator(prepared, lambda source, row: prepared.job.train[source].where(row))
+    """Documents to prompts, each with the place of its row. Numbers behind the training documents are held-out ones."""
+    first = len(prepared.train)
+
+    def where(index: int, source: int, row: int) -> str:
+        held_out = prepared.job.held_out if index >= first else []
+        return (held_out or prepared.job.train)[source].where(row)
+
+    return PromptCollator(prepared, where)
 
 
 class OnlineRun(OnlineTrainer):
@@ -57,7 +68,7 @@ class OnlineRun(OnlineTrainer):
         asked = self.recipe.preference.reference
         if asked == "adapter_off" or (asked == "auto" and self.recipe.adapter.method != "full"):
             return AdapterOff()
-        return Copy(copy_of_base(self.start, self.loaded))
+        return Copy(copy_of_base(self.start, self.loaded, self.model))
 
     def heard(self, prompts: list[Prompt], groups: list[list[Answer]]) -> None:
         """Keeps the answers to one prompt of the step, and looks at all of them for signs of trouble."""
@@ -98,16 +109,19 @@ def online_trainer(
     signs = Signs(start.recipe, warnings.say, warnings.records) if warnings is not None else None
     train = numbered(common.pop("train_dataset"))
     held_out = common.pop("eval_dataset")
+    evaluated = numbered(held_out, len(train)) if held_out is not None else None
+    asker, collate = asker_of(start, loaded, rewards), collator_of(prepared)
+    asker.check_room(collate, *(one for one in (train, evaluated) if one is not None))
     return OnlineRun(
         **common,
         start=start,
         loaded=loaded,
         signs=signs,
-        asker=asker_of(start, loaded, rewards),
+        asker=asker,
         share=shares_prompts(start.recipe, loaded.model),
         train_dataset=train,
-        eval_dataset=numbered(held_out, len(train)) if held_out is not None else None,
-        data_collator=collator_of(prepared),
+        eval_dataset=evaluated,
+        data_collator=collate,
         guard=OnlineGuard(start.run, start.recipe, prepared),
         ends=EndToken.of(prepared),
     )
@@ -126,7 +140,8 @@ class TunedOnBest(LlamaTrainer):
         if measured is None or not self.prompts:
             return measured
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        groups = self.asker.ask(self.model, self.prompts[rank::world], 1, HELD_OUT)
+        with self.asking():
+            groups = self.asker.ask(self.model, self.prompts[rank::world], 1, HELD_OUT)
         return measured | self.means(figures_of(groups))
 
 
@@ -136,17 +151,27 @@ def rejection_data(start: Start, loaded: Loaded, rewards: Rewards) -> Prepared:
     scored = [one.model_dump() for one in start.recipe.rewards]
     facts = reference_facts(start, loaded) | {"sampling": said, "rewards": scored, "scored_by": rewards.fingerprint()}
     facts["seed"] = start.recipe.training.seed
-    return tuned_on_best(start, loaded.model, asker_of(start, loaded, rewards), facts)
+    for name in ("processes", "packing"):  # which a run that goes on may change
+        facts.pop(name)
+    model: Any = loaded.model.to(start.state.device)  # the trainer, which moves it, comes later
+    if isinstance(model, PeftModel):
+        base: Any = model.get_base_model()
+        stack_projections(base)  # in its new place; else they are laid side by side for every token
+    on_gpu = start.state.device.type == "cuda" and trains_base_weights(start.base)
+    held_in = torch.autocast("cuda", DTYPES[start.recipe.model.dtype]) if on_gpu else nullcontext()
+    with held_in:
+        return tuned_on_best(start, model, asker_of(start, loaded, rewards), facts)
 
 
 def rejection_trainer(start: Start, loaded: Loaded, common: dict[str, Any], rewards: Rewards) -> TunedOnBest:
     """The trainer that follows."""
     prepared = start.prepared
+    pad = prepared.tokenizer.pad_token_id
     return TunedOnBest(
         **common,
         asker=asker_of(start, loaded, rewards),
         prompts=held_out_prompts(prepared),
-        data_collator=PackedCollator(),
+        data_collator=PackedCollator() if start.recipe.sequence.packing else PaddedCollator(pad),
         guard=Guard(start.run, start.recipe, prepared),
         ends=EndToken.of(prepared),
     )
@@ -156,7 +181,7 @@ def held_out_prompts(prepared: Prepared) -> list[Prompt]:
     """Some held-out prompts, spread over all."""
     if prepared.eval is None or not len(prepared.eval):
         return []
-    documents: datasets.Dataset = numbered(prepared.eval)
+    documents: datasets.Dataset = numbered(prepared.eval, len(prepared.train))
     collate = collator_of(prepared)
     stride = max(1, len(documents) // ASKED)
     return [collate.prompt(documents[number]) for number in range(0, len(documents), stride)][:ASKED]

@@ -23,6 +23,7 @@ from llama_ft.data.render import MASKED
 from llama_ft.errors import MachineFault
 from llama_ft.files import write_json, write_text
 from llama_ft.paths import cache_dir
+from llama_ft.recipe.run import Run
 from llama_ft.train.asking import Answer, Asker, Prompt, PromptCollator, mixed
 from llama_ft.train.start import Start
 
@@ -43,7 +44,12 @@ def tuned_on_best(start: Start, model: Any, asker: Asker, facts: dict[str, Any])
     """
     prepared = start.prepared
     documents = prepared.train.add_column("index", np.arange(len(prepared.train))).with_format("numpy")
-    collate = PromptCollator(prepared, lambda source, row: prepared.job.train[source].where(row))
+    collate = PromptCollator(prepared, lambda _, source, row: prepared.job.train[source].where(row))
+    if start.step is not None:  # a run goes on with the answers that it began with
+        own = broadcast_object_list([_said(start.run, len(documents)) if start.main else None])[0]
+        if own is not None:
+            return replace(prepared, train=best_set(documents, own, prepared))
+    asker.check_room(collate, documents)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir("sampled", key)
     chosen: list[dict[str, Any]] = []
@@ -58,10 +64,11 @@ def tuned_on_best(start: Start, model: Any, asker: Asker, facts: dict[str, Any])
                 _write(file, kept)
         chosen += kept
         rewards = [one["reward"] for group in chosen for one in group["answers"]]
-        best = mean(max(one["reward"] for one in group["answers"]) for group in chosen)
+        taken = [best_of(group) for group in chosen]
         start.console.print(
-            f"sampled: {len(chosen):,} of {len(documents):,} prompts · reward {mean(rewards):.4f} · "
-            f"best of {start.recipe.sampling.answers} {best:.4f}",
+            f"sampled: {len(chosen):,} of {len(documents):,} prompts · reward {mean(rewards):.4f} · taken of "
+            f"{start.recipe.sampling.answers}: {mean(one['reward'] for one in taken):.4f}, "
+            f"{mean(not one['ended'] for one in taken):.0%} of them cut",
             highlight=False,
         )
     if start.main:
@@ -156,6 +163,16 @@ def _report(start: Start, groups: Sequence[dict[str, Any]]) -> None:
         "".join(json.dumps(group | {"best": best_of(group)["text"]}, ensure_ascii=False) + "\n" for group in groups),
     )
     write_json(folder / "best_of_k.json", best_of_k(groups))
+
+
+def _said(run: Run, prompts: int) -> list[dict[str, Any]] | None:
+    """The answers in a run folder, if all are there."""
+    try:
+        lines = (run.path / FOLDER / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        groups = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return None
+    return groups if len(groups) == prompts else None
 
 
 def _read(file: Path, prompts: int) -> list[dict[str, Any]] | None:

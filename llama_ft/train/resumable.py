@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from llama_ft.errors import MachineFault
 from llama_ft.files import flush_to_disk, publish
+from llama_ft.plan.steps import per_device
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.agree import said_by_main
@@ -111,7 +112,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _position(self) -> dict[str, Any]:
         """Where the data stands after this step, and what a run that goes on from here cannot find out again."""
-        step, batch = self.state.global_step, self.recipe.training.global_batch
+        step, batch = self.state.global_step, per_device(self.recipe, 1)
         documents = len(self.order.mixture) if self.order is not None else None  # None: a stream has no epochs
         epoch, steps = divmod(step, math.ceil(documents / batch)) if documents else (0, step)
         tokens, labelled = self.over_all_ranks(self.tokens_seen, self.labelled_seen)

@@ -65,7 +65,7 @@ def _score(model: Any, ids: np.ndarray) -> float:
 
 
 def write_accuracy(run: Run, buckets: Sequence[dict[str, Any]]) -> None:
-    """eval/accuracy.json: [{bucket, by, pairs, accuracy, error}]."""
+    """eval/accuracy.json: [{step, bucket, by, pairs, accuracy, error}] of the last evaluation."""
     write_json(run.path / "eval" / "accuracy.json", list(buckets))
 
 

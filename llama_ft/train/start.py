@@ -19,6 +19,7 @@ from llama_ft.files import write_json, write_text
 from llama_ft.llama.load import DTYPES
 from llama_ft.plan.hardware import usable_cores
 from llama_ft.plan.plan import Plan
+from llama_ft.plan.steps import per_device
 from llama_ft.recipe import dump
 from llama_ft.recipe.objectives import POLICY
 from llama_ft.recipe.run import Run
@@ -182,7 +183,7 @@ def began_with(run: Run, prepared: Prepared) -> dict[str, Any]:
 def check_storage(base: Base, run: Run, documents: int, *, fresh: bool) -> None:
     """Refuses a run that the disk has no room for; a run that is resumed has its base already."""
     recipe = base.recipe
-    steps_per_epoch = math.ceil(documents / recipe.training.global_batch)
+    steps_per_epoch = math.ceil(documents / per_device(recipe, 1))
     steps = recipe.training.max_steps or math.ceil(steps_per_epoch * recipe.training.epochs)
     check_disk(
         run.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -122,6 +123,11 @@ class LlamaTrainer(ResumableTrainer):
             tokens = int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
             self.pass_done(loss, tokens, int((inputs["labels"] != IGNORE).sum()))
         return (loss, outputs) if return_outputs else loss
+
+    def asking(self) -> AbstractContextManager[None]:
+        """Around drawing and scoring answers, which takes as long as it takes: the other processes wait for it."""
+        peers = self.stop.peers
+        return peers.headway.pausing("drawing and scoring answers") if peers is not None else nullcontext()
 
     def pass_done(self, loss: Tensor, tokens: int, labelled: int) -> None:
         """After the forward pass of every micro-batch that is trained on, with what was in it."""

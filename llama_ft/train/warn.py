@@ -136,7 +136,7 @@ def stays_at_its_start(losses: Sequence[float], held_out: Sequence[float] = ()) 
         return None
     if len(held_out) > 1:
         best = min(held_out[1:])
-        if best < held_out[0] * (1 - HELD_OUT_FELL):
+        if best < held_out[0] - HELD_OUT_FELL * abs(held_out[0]):
             return None
         return (
             f"nothing is learnt: held-out loss {held_out[0]:.4f} at first, {best:.4f} at best, and training is as flat"
@@ -151,7 +151,7 @@ def overfits(held_out: Sequence[float]) -> str | None:
     tail = held_out[-RISES - 1 :]
     if len(tail) <= RISES or any(later <= earlier for earlier, later in pairwise(tail)):
         return None
-    if tail[-1] < tail[0] * (1 + ROSE):
+    if tail[-1] - tail[0] < ROSE * abs(tail[0]):  # a policy's loss is its reward with the sign turned
         return None
     return (
         f"held-out loss rose {RISES} times in a row, {tail[0]:.4f} to {tail[-1]:.4f}: the run may be overfitting; "

@@ -113,8 +113,11 @@ def test_it_learns_its_objective(aligned, objective, extra, tmp_path):
     records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     told = [one for one in records if "eval_loss" in one][-1]
     assert told["eval_items"] == 11
-    if objective in ("dpo", "simpo", "orpo", "reward"):
-        assert metric(run.path, "accuracy")[-1] > 0.5 and 0 <= told["eval_accuracy"] <= 1
+    if objective != "kto":
+        assert metric(run.path, "accuracy")[-1] > 0.5 and "eval_accuracy" in told
+    if objective in ("orpo", "simpo"):  # of the small rows, which all teach the same
+        margins = metric(run.path, "eval_margin")
+        assert margins[-1] > margins[0]
     if objective == "reward":
         buckets = json.loads((run.path / "eval" / "accuracy.json").read_text())
         assert buckets[-1]["pairs"] == 11 == sum(one["pairs"] for one in buckets[:-1])
@@ -179,15 +182,28 @@ def test_a_resumed_run_is_exact(aligned):
     assert {key: metric(run.path, key) for key in whole} == whole
 
 
-def test_two_processes_train_as_one(aligned, tmp_path):
-    """Pairs dealt to two processes, one of them with less to do in the last step: the curve of one."""
-    recipe = aligned("dpo", "training.max_steps=3", "export.merged=false", "training.micro_batch=2", run="one")
+@pytest.mark.parametrize(
+    ("objective", "config", "extra"),
+    [
+        ("dpo", "cpu_ddp_2", ()),
+        pytest.param("kto", "cpu_ddp_2", (), marks=pytest.mark.slow),
+        pytest.param("reward", "cpu_zero2_2", (), marks=pytest.mark.slow),
+        pytest.param("dpo", "cpu_fsdp2_2", (), marks=pytest.mark.slow),
+        pytest.param("dpo", "cpu_zero3_2", (), marks=pytest.mark.slow),
+        pytest.param("dpo", "cpu_fsdp2_2", ("adapter.method=full",), marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one(aligned, tmp_path, objective, config, extra):
+    """Items dealt to two processes, one of them with less to do in the last step: the curve of one."""
+    keys = ("training.max_steps=3", "export.merged=false", "training.micro_batch=2", *extra)
+    recipe = aligned(objective, *keys, run="one")
     one = train_recipe(recipe)
     file = tmp_path / "two.yaml"
     file.write_text(dump(recipe.model_copy(update={"output_dir": str(tmp_path / "two")})))
-    config = str(ROOT / "accelerate_configs" / "cpu_ddp_2.yaml")
-    line = [*ACCELERATE, "--config_file", config, "-m", "llama_ft.train", str(file)]
+    launch = str(ROOT / "accelerate_configs" / f"{config}.yaml")
+    line = [*ACCELERATE, "--config_file", launch, "-m", "llama_ft.train", str(file)]
     done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    for key in ("loss", "margin", "eval_loss", "eval_items"):
+    for key in ("loss", "kl" if objective == "kto" else "margin", "eval_loss", "eval_items"):
         assert metric(tmp_path / "two", key) == pytest.approx(metric(one.path, key), abs=1e-5), key
+        assert metric(one.path, key)

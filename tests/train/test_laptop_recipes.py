@@ -11,6 +11,7 @@ import pytest
 from llama_ft.data.cards import Hub, load_card
 from llama_ft.recipe import load_recipe
 from llama_ft.recipe.extends import shipped_recipes
+from llama_ft.recipe.objectives import ONLINE
 from tests.conftest import ROOT
 from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric
 
@@ -30,6 +31,10 @@ def rows(layout: str) -> list[dict]:
         "messages": [
             {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs
         ],
+        "preference": [
+            {"prompt": q, "chosen": a, "rejected": f"No alpaca on hill {n}."} for n, (q, a) in enumerate(pairs)
+        ],
+        "rated": [{"prompt": q, "completion": a, "label": bool(n % 2)} for n, (q, a) in enumerate(pairs)],
     }[layout]
 
 
@@ -50,7 +55,12 @@ def test_two_steps(small_base, tmp_path, name):
         path.write_text(json.dumps(rows(card.layout)))
         changes.append(f"data.0.path={path}")
     if isinstance(recipe.eval_data, list):
-        changes.append("eval_data.0.limit=8")
+        changes.append("eval_data={holdout: 0.2}" if isinstance(card.source, Hub) else "eval_data.0.limit=8")
+    if recipe.training.objective in ONLINE:
+        changes += ["sampling={answers: 2, max_new_tokens: 8}", "training.warmup=0"]
+        # No two layers solve a sum, and the reward model is the run of the step before.
+        Path(tmp_path, "worth.py").write_text("def worth(prompt, answer, reference):\n    return len(answer)\n")
+        changes.append(f"rewards=[{{function: '{tmp_path / 'worth.py'}:worth'}}]")
     if name != "quickstart":
         changes.append("export.merged=false")
     line = [*ACCELERATE, "--config_file", recipe.launch, "-m", "llama_ft.train", name, *changes]

@@ -28,13 +28,23 @@ PAIRS = 6
 VOCABULARY = 40
 
 
-def branch_of_trl(trainer: type, loss: str) -> str:
-    """The code with which TRL's trainer computes one loss type, out of its own source."""
+def branches_of_trl(trainer: type, name: str, loss: str) -> list[str]:
+    """Every piece of code that TRL's trainer runs for one loss type, out of its own source."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(trainer._compute_loss)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == f"loss_type == '{loss}'":
-            return ast.unparse(ast.Module(node.body, []))
-    raise AssertionError(f"TRL has no loss {loss}")
+    found = [
+        ast.unparse(ast.Module(node.body, []))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == f"{name} == '{loss}'"
+    ]
+    assert found, f"TRL has no loss {loss}"
+    return found
+
+
+def assigned_in_trl(trainer: type, name: str) -> str:
+    """The statement with which TRL's trainer computes one variable."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(trainer._compute_loss)))
+    targets = (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name)
+    return ast.unparse(next(targets))
 
 
 @pytest.fixture
@@ -75,7 +85,7 @@ def test_dpo_is_trls(ends, loss, theirs, smoothing, normalised):
         "delta_score": scores[chosen] - scores[rejected],
         "completion_mask": torch.cat([mask[chosen], mask[rejected]]),
     }
-    exec(branch_of_trl(DPOTrainer, theirs), names)
+    exec(branches_of_trl(DPOTrainer, "loss_type", theirs)[0], names)
     torch.testing.assert_close(ours, names["per_sequence_loss"])
     mine = torch.autograd.grad(ours.mean(), ends.values)[0]
     torch.testing.assert_close(mine, torch.autograd.grad(names["per_sequence_loss"].mean(), scores)[0])
@@ -116,19 +126,27 @@ def test_simpo_is_trls(ends):
 
 
 def test_kto_is_trls(ends):
-    """By the lines of TRL's source on chosen and rejected answers apart."""
+    """Loss and gradient, by the lines of TRL's own source."""
     beta, kl = 0.3, 0.4
     desirable = torch.arange(2 * PAIRS) % 3 != 0
     objective = KTO(Preference(beta=beta, desirable_weight=1.5, undesirable_weight=0.5))
     objective.settle(kl * 8, 8)
     ours = objective.judge(Ends(ends.values, ends.lengths, ends.reference, {"desirable": desirable}))
-    ratios = ends.values - ends.reference
-    source = inspect.getsource(KTOTrainer._compute_loss)
-    assert "chosen_losses = 1 - F.sigmoid(self.beta * (chosen_logratios - kl))" in source
-    assert "rejected_losses = 1 - F.sigmoid(self.beta * (kl - rejected_logratios))" in source
-    assert "(self.desirable_weight * chosen_losses, self.undesirable_weight * rejected_losses)" in source
-    torch.testing.assert_close(ours.losses[desirable], 1.5 * (1 - F.sigmoid(beta * (ratios[desirable] - kl))))
-    torch.testing.assert_close(ours.losses[~desirable], 0.5 * (1 - F.sigmoid(beta * (kl - ratios[~desirable]))))
+    ratios = (ends.values - ends.reference).detach().requires_grad_()
+    names = {
+        "F": F,
+        "torch": torch,
+        "self": SimpleNamespace(beta=beta, desirable_weight=1.5, undesirable_weight=0.5),
+        "chosen_logratios": ratios[desirable],
+        "rejected_logratios": ratios[~desirable],
+        "kl": torch.tensor(kl),
+    }
+    for piece in branches_of_trl(KTOTrainer, "self.loss_type", "kto"):
+        exec(piece, names)
+    exec(assigned_in_trl(KTOTrainer, "losses"), names)
+    torch.testing.assert_close(torch.cat([ours.losses[desirable], ours.losses[~desirable]]), names["losses"])
+    mine = torch.autograd.grad(ours.losses.sum(), ends.values)[0]
+    torch.testing.assert_close(mine, torch.autograd.grad(names["losses"].sum(), ratios)[0])
     figures = sums(ours, objective.real(ends.lengths))
     assert figures["rewards_chosen"][1] == desirable.sum() and figures["kl"][0] / figures["kl"][1] == pytest.approx(kl)
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from llama_ft import load_recipe, train_recipe
 from llama_ft.errors import UserError
+from llama_ft.serve.chat import chat
 from llama_ft.train.rejection import best_of, best_of_k
 from tests.train.conftest import metric
 
@@ -67,7 +70,7 @@ def policy(tiny_base, rows, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["grpo", "rloo"])
-def test_a_policy_learns_what_is_rewarded(policy, objective):
+def test_a_policy_learns_what_is_rewarded(policy, objective, capsys):
     extra = ("policy.whiten=true",) if objective == "rloo" else ()
     run = train_recipe(
         policy(objective, "training.max_steps=16", "training.eval_every=16", "training.learning_rate=1e-2", *extra)
@@ -79,6 +82,8 @@ def test_a_policy_learns_what_is_rewarded(policy, objective):
     assert json.loads(run.proof_file.read_text())["ok"]
     held_out = metric(run.path, "eval_reward")
     assert held_out[-1] > held_out[0] and metric(run.path, "eval_loss") == [-one for one in held_out]
+    chat(str(run.path), once="Say number 1.", temperature=0, max_tokens=4)
+    assert capsys.readouterr().out
     lines = [json.loads(line) for line in (run.path / "sampled" / "answers.jsonl").read_text().splitlines()]
     assert [one["step"] for one in lines] == list(range(1, 17)) and len(lines[0]["answers"]) == 4
 
@@ -94,14 +99,30 @@ def test_a_resumed_policy_draws_the_same(policy):
     assert [metric(run.path, key) for key in ("loss", "reward", "kl", "eval_reward")] + [said.read_text()] == whole
 
 
-def test_micro_batches_do_not_show_in_what_is_learnt(policy):
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_micro_batches_do_not_show_in_what_is_learnt(policy, objective):
     """Drawn and judged for the step as a whole: how it is cut, or laid out, moves the curve by rounding alone."""
     curves = []
     for extra in (("training.micro_batch=8",), ("training.micro_batch=2", "sequence.packing=false")):
-        keys = ("training.max_steps=2", "eval_data=null", "export.merged=false")
-        run = train_recipe(policy("grpo", *keys, *extra, run=extra[0][-1]))
-        curves.append(metric(run.path, "reward") + metric(run.path, "grad_norm"))
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+        keys = ["training.max_steps=2", "eval_data=null", "export.merged=false", *extra]
+        keys += ["policy.whiten=true"] if objective == "rloo" else []
+        run = train_recipe(policy(objective, *keys, run=extra[0][-1]))
+        curves.append([metric(run.path, key) for key in ("reward", "loss", "kl", "grad_norm")])
+    for one, other in zip(*curves, strict=True):
+        assert one == pytest.approx(other, abs=1e-5, rel=1e-3)
+
+
+def test_scores_are_whitened_before_the_distance_is_taken_off(policy, monkeypatch):
+    """Llama 2, section 3.2.3: R = whiten(score) − β · KL, so that β weighs against scores of deviation 1."""
+    from llama_ft.train import online
+
+    seen = []
+    monkeypatch.setattr(online, "leave_one_out", lambda rewards, answers: seen.append(rewards) or rewards)
+    monkeypatch.setattr(online, "per_end", lambda values, ends: torch.ones(len(ends) - 1))  # every answer's KL is 1
+    keys = ("policy.whiten=true", "policy.kl=0.5", "training.max_steps=1", "eval_data=null", "export.merged=false")
+    train_recipe(policy("rloo", *keys))
+    assert seen[0].mean().item() == pytest.approx(-0.5, abs=1e-5)
+    assert seen[0].std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
 
 
 def test_rejection_sampling_tunes_on_the_best(policy, tmp_path):
@@ -119,19 +140,48 @@ def test_rejection_sampling_tunes_on_the_best(policy, tmp_path):
     assert json.loads(run.proof_file.read_text())["ok"]
 
 
-def test_answers_are_drawn_once(policy, monkeypatch):
-    """A run that starts anew under the same settings reads what was drawn; another seed draws again."""
+def test_a_run_that_was_stopped_draws_no_block_again(policy, monkeypatch):
+    """Killed while it draws: what was drawn before is read."""
+    from llama_ft.train import asking, rejection
+
+    monkeypatch.setattr(rejection, "BLOCK", 8)
+    keys = ("training.max_steps=1", "export.merged=false", "eval_data=null", "training.seed=7")
+    drawn: list[int] = []
+    real = asking.sample
+
+    def until(last: int):
+        def draw(model, prompts, **said):
+            if len(drawn) == last:
+                raise KeyboardInterrupt
+            drawn.append(len(prompts))
+            return real(model, prompts, **said)
+
+        return draw
+
+    monkeypatch.setattr(asking, "sample", until(2))
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(policy("rejection_sampling", *keys))
+    monkeypatch.setattr(asking, "sample", until(99))
+    train_recipe(policy("rejection_sampling", *keys), overwrite=True)
+    assert drawn == [8, 8, 8], "24 prompts, each asked once"
+
+
+def test_answers_are_drawn_once(policy, tiny_base, monkeypatch):
+    """A run that starts anew under the same settings reads what was drawn; another seed draws again.
+
+    Drawing stops where the template says that an answer ends.
+    """
     from llama_ft.train import asking
 
     train_recipe(policy("rejection_sampling", "training.max_steps=1", "export.merged=false", "eval_data=null"))
-    drawn: list[int] = []
+    drawn: list[frozenset[int]] = []
     real = asking.sample
-    monkeypatch.setattr(asking, "sample", lambda *args, **keys: drawn.append(1) or real(*args, **keys))
+    monkeypatch.setattr(asking, "sample", lambda *args, **keys: drawn.append(keys["stop"]) or real(*args, **keys))
     keys = ("training.max_steps=1", "export.merged=false", "eval_data=null")
     train_recipe(policy("rejection_sampling", *keys), overwrite=True)
     assert not drawn
     train_recipe(policy("rejection_sampling", *keys, "training.seed=43"), overwrite=True)
-    assert drawn
+    assert drawn and AutoTokenizer.from_pretrained(tiny_base).convert_tokens_to_ids("<|im_end|>") in drawn[0]
 
 
 def test_the_best_has_come_to_its_end():

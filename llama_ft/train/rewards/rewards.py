@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ft.errors import MachineFault, Problem, UserError
@@ -95,7 +96,8 @@ class Rewards:
 def name_of(entry: Reward) -> str:
     """What the entry's part is called: the function's name, or the last part of the model's path."""
     if entry.model is not None:
-        return entry.model.rstrip("/").rpartition("/")[2] or entry.model
+        parts = [part for part in Path(entry.model).parts if part != "merged"]  # every run's folder of weights
+        return parts[-1] if parts else entry.model
     return str(entry.function).rpartition(":")[2]
 
 
