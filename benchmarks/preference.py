@@ -92,17 +92,20 @@ def write_adapter(recipe: Recipe, prepared: Prepared, folder: Path) -> Path:
 
 
 class Memory(threading.Thread):
-    """The largest sum of the resident memory of all processes below this one, looked at five times a second."""
+    """The largest sum of the resident memory of processes that start below this one, looked at five times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.done, self.peak = threading.Event(), 0
+        self.others = {process.pid for process in psutil.Process().children(recursive=True)}
 
     def run(self) -> None:
         while not self.done.wait(0.2):
             held = 0
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
+                    if process.pid in self.others:
+                        continue
                     held += process.memory_info().rss
             self.peak = max(self.peak, held)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -142,10 +143,15 @@ def test_the_table_counts_all_steps_but_the_first():
 
 
 def test_memory_of_a_process_tree(tmp_path):
-    """A child that holds 200 MiB and its own child that holds as much are seen together."""
+    """A child that holds 200 MiB and its own child that holds as much are seen together; one from before is not."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; held = bytearray(300 << 20); time.sleep(60)"])
     hold = "import time; held = bytearray(200 << 20); time.sleep(1.5)"
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; p.wait()"
-    _, rss = preference.measured([sys.executable, "-c", code], tmp_path)
+    try:
+        _, rss = preference.measured([sys.executable, "-c", code], tmp_path)
+    finally:
+        other.kill()
+        other.wait()
     assert 0.39 < rss < 0.5
 
 
