@@ -1,6 +1,6 @@
 """Llama-2-Chat's chain on a laptop: supervised tuning, reward model, rejection sampling, RLOO, and what each gave.
 
-    make align DATA=hh_rlhf_harmless_test.jsonl.gz          # half an hour on two cores
+    make align DATA=hh_rlhf_harmless_test.jsonl.gz
     python -m benchmarks.align --data PAIRS --out FOLDER
 
 The four recipes llama-2-chat/smollm2-135m-* through `llama-ft train`, each from the merged model of the one before it.
@@ -198,7 +198,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; see the module's docstring. Defaults fit half an hour on two cores."""
+    """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="benchmarks.align")
     parser.add_argument("--data", type=Path, required=True, help="pairs, such as HH-RLHF's harmless-base/test.jsonl.gz")
     parser.add_argument("--out", type=Path, default=Path("runs/align"), help="folder for the runs and the table")

@@ -109,7 +109,8 @@ def online_trainer(
     signs = Signs(start.recipe, warnings.say, warnings.records) if warnings is not None else None
     train = numbered(common.pop("train_dataset"))
     held_out = common.pop("eval_dataset")
-    evaluated = numbered(held_out, len(train)) if held_out is not None else None
+    # An answer's seed comes from its prompt's number, which what fills a step up must not move.
+    evaluated = numbered(held_out, len(prepared.train)) if held_out is not None else None
     asker, collate = asker_of(start, loaded, rewards), collator_of(prepared)
     asker.check_room(collate, *(one for one in (train, evaluated) if one is not None))
     return OnlineRun(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -14,9 +15,11 @@ from transformers import AutoTokenizer
 
 from llama_ft import load_recipe, train_recipe
 from llama_ft.errors import UserError
+from llama_ft.recipe import dump
 from llama_ft.serve.chat import chat
 from llama_ft.train.rejection import best_of, best_of_k
-from tests.train.conftest import metric
+from tests.conftest import ROOT
+from tests.train.conftest import ACCELERATE, ENVIRONMENT, metric
 
 ROWS = 24
 LETTER = "def worth(prompt, answer, reference):\n    return answer.count('e') / 10\n"
@@ -204,3 +207,23 @@ def test_a_prompt_without_room_is_named(policy, rows):
     with pytest.raises(UserError, match="than the 512 that") as error:
         train_recipe(policy("grpo", "sampling.max_new_tokens=500", "sequence.max_length=512"))
     assert rows.name in error.value.block() and "sampling.max_new_tokens" in error.value.block()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "rejection_sampling"])
+def test_two_processes_draw_as_one(policy, tmp_path, objective):
+    """19 prompts in steps of 8: an epoch's last step gives one process less to do. The same answers, the same curve."""
+    keys = ["export.merged=false", "training.max_steps=4", "training.micro_batch=2", "training.eval_every=4"]
+    recipe = policy(objective, *keys, *(["policy.whiten=true"] if objective == "rloo" else []), run="one")
+    one = train_recipe(recipe)
+    file = tmp_path / "two.yaml"
+    file.write_text(dump(recipe.model_copy(update={"output_dir": str(tmp_path / "two")})))
+    launch = str(ROOT / "accelerate_configs" / "cpu_ddp_2.yaml")
+    line = [*ACCELERATE, "--config_file", launch, "-m", "llama_ft.train", str(file)]
+    environment = ENVIRONMENT | {"LLAMA_FT_CACHE": str(tmp_path / "cache")}  # draws its own answers
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    keys = ["loss", "eval_reward"] + (["reward", "kl"] if objective != "rejection_sampling" else [])
+    for key in keys:
+        assert metric(tmp_path / "two", key) == pytest.approx(metric(one.path, key), abs=1e-5), key
+        assert metric(one.path, key)
