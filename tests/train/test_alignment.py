@@ -114,7 +114,7 @@ def test_it_learns_its_objective(aligned, objective, extra, tmp_path):
     told = [one for one in records if "eval_loss" in one][-1]
     assert told["eval_items"] == 11
     if objective != "kto":
-        assert metric(run.path, "accuracy")[-1] > 0.5 and "eval_accuracy" in told
+        assert sum(metric(run.path, "accuracy")[-3:]) > 1.5 and "eval_accuracy" in told
     if objective in ("orpo", "simpo"):  # of the small rows, which all teach the same
         margins = metric(run.path, "eval_margin")
         assert margins[-1] > margins[0]
