@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,17 @@ def load_model(
             output_loading_info=True,
         )
     model, report = loaded
+    check_fit(report, folder, key="model.base")
+    return model if compute_dtype in (None, dtype) else model.to(compute_dtype)
+
+
+def check_fit(report: Mapping[str, Any], folder: Path, *, key: str | None = None) -> None:
+    """Raises UserError where transformers' report of a loading names weights that are missing, left over, or of another
+    shape than the config's."""
     faults = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, v[:3]))}" for kind, v in faults.items() if v)
-        raise UserError(f"the weights in {folder} do not fit its config: {found}", key="model.base")
-    return model if compute_dtype in (None, dtype) else model.to(compute_dtype)
+        raise UserError(f"the weights in {folder} do not fit its config: {found}", key=key)
 
 
 @contextmanager

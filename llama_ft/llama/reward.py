@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from transformers.utils import ModelOutput
 
 from llama_ft.errors import UserError
-from llama_ft.llama.load import load_config, quiet_transformers
+from llama_ft.llama.load import check_fit, load_config, quiet_transformers
 from llama_ft.llama.model import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from llama_ft.recipe.schema_model import RopeScaling
 
@@ -172,10 +172,7 @@ def load_reward_model(
             output_loading_info=True,
         )
     model, report = loaded
-    faults = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(faults.values()):
-        said = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, v[:3]))}" for kind, v in faults.items() if v)
-        raise UserError(f"the weights in {folder} do not fit its config: {said}")
+    check_fit(report, folder)
     model.to(device, dtype if compute_dtype is None else compute_dtype)
     model.score.float()
     return model

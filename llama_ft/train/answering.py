@@ -19,8 +19,11 @@ class AnswerTrainer(LlamaTrainer):
     """A trainer whose batches are answers laid out by llama_ft/data/ends.py.
 
     `reference`: who knows the reference's log-probabilities, found before the first step; None where there is none.
-    `figures`: of the step under way, each as its sum and the number it is a sum of, float64 [2].
+    `figures`: of the step under way, each as its sum and the number it is a sum of, float64 [2]. `temperature`: what
+    logits are divided by before they become probabilities.
     """
+
+    temperature = 1.0
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.reference: Reference | None = None
@@ -35,8 +38,9 @@ class AnswerTrainer(LlamaTrainer):
             self.reference = None
 
     def ask(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        """What the model says of a batch that lies where it does, with gradient."""
-        raise NotImplementedError
+        """Log-probabilities of the labelled tokens, float32 [M], with gradient. The batch lies where the model does."""
+        layout = {name: batch[name] for name in LAYOUT if name in batch}
+        return model(**layout, rows=batch["rows"], targets=batch["targets"], temperature=self.temperature).log_probs
 
     @torch.no_grad()
     def said_of(self, model: Any, batch: dict[str, Any]) -> Tensor:

@@ -37,11 +37,10 @@ class ComparingTrainer(AnswerTrainer):
 
     def ask(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """Each end's log-probability, or its score: float32 [E]. The batch lies where the model does."""
-        layout = {name: batch[name] for name in LAYOUT if name in batch}
         if self.objective.scores:
+            layout = {name: batch[name] for name in LAYOUT if name in batch}
             return model(**layout, rows=batch["last"]).scores
-        log_probs = model(**layout, rows=batch["rows"], targets=batch["targets"]).log_probs
-        return per_end(log_probs, batch["ends"])
+        return per_end(super().ask(model, batch), batch["ends"])
 
     def ends_of(self, model: Any, batch: dict[str, Any]) -> Ends:
         """What the model, and the reference, say of a micro-batch's ends."""

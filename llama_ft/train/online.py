@@ -8,7 +8,6 @@ every other run; TRL's trainers of the same names would sample with padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from llama_ft.data.ends import end_lengths, ends_of, lay_groups, lay_out, per_end
 from llama_ft.data.render import MASKED
-from llama_ft.train.answering import LAYOUT, AnswerTrainer
+from llama_ft.train.answering import AnswerTrainer
 from llama_ft.train.asking import Answer, Asker, Prompt, figures_of, mixed
 from llama_ft.train.guards import Guard
 from llama_ft.train.objectives.losses import group_advantages, k3, leave_one_out
@@ -38,6 +37,7 @@ class OnlineTrainer(AnswerTrainer):
 
     def __init__(self, *args: Any, asker: Asker, share: bool, **kwargs: Any):
         self.asker, self.share = asker, share
+        self.temperature = float(asker.recipe.sampling.temperature)  # that answers were drawn at
         super().__init__(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,12 +97,6 @@ class OnlineTrainer(AnswerTrainer):
         """Mean 0 and standard deviation 1 over the whole batch, of all processes."""
         every = torch.tensor(gather_object(rewards.tolist()), dtype=torch.float64)
         return ((rewards - every.mean()) / (every.std(unbiased=False) + 1e-8)).float()
-
-    def ask(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        """Log-probabilities of the labelled tokens, float32 [M], at the temperature that they were drawn at."""
-        layout = {name: batch[name] for name in LAYOUT if name in batch}
-        temperature = float(self.recipe.sampling.temperature)
-        return model(**layout, rows=batch["rows"], targets=batch["targets"], temperature=temperature).log_probs
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
