@@ -14,23 +14,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import Training
 from llama_ft.data.problems import Problems
 from llama_ft.data.sources import open_sources
 from llama_ft.errors import UserError, user_facing
-from llama_ft.files import write_json, write_text
+from llama_ft.files import write_text
 from llama_ft.recipe import load_recipe
-from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Data
-from llama_ft.train.page.gather import STATUS
 
 NEVER = 100_000
 """Steps between evaluations: one before the first step and one after the last are enough."""
@@ -72,23 +66,28 @@ def opening(value: Any, where: str) -> str:
     raise UserError("a row has neither a prompt nor a chosen answer", where=where, hint="rows such as HH-RLHF's")
 
 
-def is_held_out(text: str) -> bool:
-    """One conversation in five, by a hash of what it begins with: all that begin alike stay together."""
-    return hashlib.sha256(text.encode()).digest()[0] % 5 == 0
+def is_held_out(text: str, one_in: int) -> bool:
+    """One conversation in so many, by a hash of what it begins with: all that begin alike stay together."""
+    return hashlib.sha256(text.encode()).digest()[0] % one_in == 0
 
 
-def split(data: Path, folder: Path) -> tuple[Path, Path]:
-    """Writes the rows to train on and those held out into `folder`, in their order. UserError for rows of no pair."""
+def split(data: Path, folder: Path, one_in: int = 5) -> tuple[Path, Path]:
+    """Writes the rows to train on and those held out, one conversation in `one_in`, into `folder`, in their order.
+
+    UserError for rows of no pair.
+    """
     problems = Problems()
     (source,) = open_sources([Data(path=str(data), layout="preference")])
     parts: dict[bool, list[str]] = {False: [], True: []}
     for row, value in source.rows(problems):
-        parts[is_held_out(opening(value, source.where(row)))].append(json.dumps(value, ensure_ascii=False) + "\n")
+        parts[is_held_out(opening(value, source.where(row)), one_in)].append(
+            json.dumps(value, ensure_ascii=False) + "\n"
+        )
     problems.raise_if_any()
     files = folder / "train.jsonl", folder / "held-out.jsonl"
     for file, lines in zip(files, parts.values(), strict=True):
         if not lines:
-            raise UserError(f"{data} has too few rows to hold one in five of them out")
+            raise UserError(f"{data} has too few rows to hold one in {one_in} of them out")
         write_text(file, "".join(lines))
     return files
 
@@ -118,83 +117,9 @@ def command_of(link: Link, options: argparse.Namespace) -> list[str]:
     return ["train", link.recipe, *overrides_of(link, options)]
 
 
-def status_of(run: Run) -> dict[str, Any]:
-    """A run's status.json; empty where there is none, or none that can be read."""
-    return _read(run.path / STATUS)
-
-
-def is_finished(run: Run) -> bool:
-    """Whether a run came to its end and has its merged model."""
-    return status_of(run).get("state") == "finished" and (run.merged / "config.json").is_file()
-
-
-def record_file(link: Link, options: argparse.Namespace) -> Path:
-    """Beside the run: `command`, when the runs that it stands on had ended (`on`), and the seconds that it took."""
-    return options.out / f"{link.name}.json"
-
-
-def standing(link: Link, options: argparse.Namespace) -> dict[str, Any]:
-    """When the runs that a link stands on ended: it must be repeated where they were."""
-    return {name: status_of(Run(options.out / name)).get("ended") for name in link.stands_on}
-
-
-def next_flag(link: Link, options: argparse.Namespace) -> str | None:
-    """How `llama-ft train` is to be called: `` for a new run, `--resume` or `--overwrite`; None for not at all.
-
-    UserError for a run that other settings made.
-    """
-    run, record = Run(options.out / link.name), _read(record_file(link, options))
-    if not run.recipe_file.exists() and not run.checkpoints.exists():
-        return ""
-    if options.overwrite:
-        return "--overwrite"
-    if record.get("command") != command_of(link, options):
-        what = f"{run.path} is a run with other settings than these"
-        raise UserError(what, hint="begin again with --overwrite, or name another --out")
-    if record.get("on") != standing(link, options):
-        return "--overwrite"
-    if is_finished(run):
-        return None
-    return "--resume" if run.steps() else "--overwrite"
-
-
-def train(link: Link, options: argparse.Namespace) -> None:
-    """Trains a link unless it is there already; SystemExit with its status where it did not come to its end."""
-    flag, command, file = next_flag(link, options), command_of(link, options), record_file(link, options)
-    if flag is None:
-        print(f"{link.name}: done before", flush=True)
-        return
-    before = _read(file).get("seconds", 0.0) if flag == "--resume" else 0.0
-    record = {"command": command, "on": standing(link, options), "seconds": before}
-    write_json(file, record)
-    line = [*command, *filter(None, [flag])]
-    print(f"\n{link.name}: {shlex.join(['llama-ft', *line])}", flush=True)
-    began = time.perf_counter()
-    status = run_to_its_end([sys.executable, "-m", "llama_ft.cli", *line])
-    write_json(file, record | {"seconds": round(before + time.perf_counter() - began, 1)})
-    if status:
-        print(f"\n{link.name} ended with status {status}; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(status)
-
-
-def run_to_its_end(command: list[str]) -> int:
-    """Runs a command and returns its status. Ctrl-C and SIGTERM are its own to answer, with a checkpoint."""
-    process = subprocess.Popen(command)
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group
-    terminate = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
-    try:
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def training_of(link: Link, options: argparse.Namespace) -> Training:
+    """A link as a run."""
+    return Training(options.out, link.name, command_of(link, options), link.stands_on)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -225,7 +150,7 @@ def main() -> None:
         for link in CHAIN:  # a mistake in the last one is told before the first one costs anything
             load_recipe(link.recipe, overrides_of(link, options), look_up=False)
         for link in CHAIN:
-            train(link, options)
+            training_of(link, options).train(options.overwrite)
         from benchmarks.align_table import report
 
         print(f"\n{report(options)}")

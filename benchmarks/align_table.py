@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.align import CHAIN, REWARD, RLOO, SFT, Link, overrides_of, rows
+from benchmarks.align import CHAIN, REWARD, RLOO, SFT, Link, overrides_of, rows, training_of
 from benchmarks.scaling import machine
 from llama_ft import load_recipe, prepare_data
 from llama_ft.data.ends import lay_out
@@ -135,8 +135,7 @@ def row_of(link: Link | None, options: argparse.Namespace, said: dict[str, Said]
     name = link.name if link is not None else START
     row: dict[str, Any] = {"step": name}
     if link is not None:
-        record = json.loads((options.out / f"{name}.json").read_text(encoding="utf-8"))
-        row["seconds"] = record["seconds"]
+        row["seconds"] = training_of(link, options).seconds
     if name == REWARD:
         accuracy = json.loads((options.out / name / "eval" / "accuracy.json").read_text(encoding="utf-8"))[-1]
         return row | {"accuracy": accuracy["accuracy"], "accuracy_error": accuracy["error"], "pairs": accuracy["pairs"]}

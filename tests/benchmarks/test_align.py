@@ -29,6 +29,10 @@ def options(folder: Path, *arguments: str):
     return align.parse(["--data", str(folder / "pairs.jsonl.gz"), "--out", str(folder / "out"), *arguments])
 
 
+def flag(link, said, *, overwrite: bool = False) -> str | None:
+    return align.training_of(link, said).next_flag(overwrite)
+
+
 @pytest.fixture
 def pairs(tmp_path) -> Path:
     """Two hundred pairs as HH-RLHF writes them; every conversation comes twice, once with a turn more."""
@@ -85,7 +89,7 @@ def test_every_step_starts_from_the_one_before(pairs, tmp_path):
 
 def test_what_is_done_is_not_repeated(pairs, tmp_path):
     said, (sft, reward, *_) = options(tmp_path), CHAIN
-    assert align.next_flag(sft, said) == ""
+    assert flag(sft, said) == ""
 
     def write(link, state: str, ended: str | None, **record) -> None:
         run = said.out / link.name
@@ -93,23 +97,24 @@ def test_what_is_done_is_not_repeated(pairs, tmp_path):
         (run / "recipe.yaml").touch()
         (run / "merged" / "config.json").touch()
         (run / "status.json").write_text(json.dumps({"state": state, "ended": ended}))
-        known = {"command": align.command_of(link, said), "on": align.standing(link, said), "seconds": 1.0}
-        align.record_file(link, said).write_text(json.dumps(known | record))
+        training = align.training_of(link, said)
+        known = {"command": training.command, "on": training.standing(), "seconds": 1.0}
+        training.record_file.write_text(json.dumps(known | record))
 
     write(sft, "finished", "one")
     write(reward, "finished", "two")
-    assert [align.next_flag(link, said) for link in (sft, reward)] == [None, None]
+    assert [flag(link, said) for link in (sft, reward)] == [None, None]
     write(sft, "finished", "three")  # trained once more: what stands on it is another's
-    assert [align.next_flag(link, said) for link in (sft, reward)] == [None, "--overwrite"]
+    assert [flag(link, said) for link in (sft, reward)] == [None, "--overwrite"]
     write(reward, "stopped", None)
-    assert align.next_flag(reward, said) == "--overwrite"
+    assert flag(reward, said) == "--overwrite"
     (said.out / REWARD / "checkpoints" / "step-3").mkdir(parents=True)
-    assert align.next_flag(reward, said) == "--resume"
-    assert align.next_flag(sft, options(tmp_path, "--overwrite")) == "--overwrite"
+    assert flag(reward, said) == "--resume"
+    assert flag(sft, said, overwrite=True) == "--overwrite"
     with pytest.raises(UserError, match="other settings"):
-        align.next_flag(sft, options(tmp_path, "--sft-rows", "50"))
+        flag(sft, options(tmp_path, "--sft-rows", "50"))
     (said.out / SFT / "merged" / "config.json").unlink()
-    assert align.next_flag(sft, said) == "--overwrite", "its export was never made"
+    assert flag(sft, said) == "--overwrite", "its export was never made"
 
 
 def test_a_mistake_is_told_before_anything_is_trained(pairs, tmp_path, monkeypatch, capsys):
@@ -127,9 +132,8 @@ def test_a_step_that_fails_ends_the_chain_with_its_status(tmp_path, monkeypatch)
     (said.out / "data").mkdir(parents=True)
     (said.out / "data" / "train.jsonl").touch()
     with pytest.raises(SystemExit) as stopped:
-        align.train(CHAIN[0], said)
-    assert stopped.value.code == 2
-    assert json.loads(align.record_file(CHAIN[0], said).read_text())["seconds"] > 0
+        align.training_of(CHAIN[0], said).train()
+    assert stopped.value.code == 2 and align.training_of(CHAIN[0], said).seconds > 0
 
 
 def answer(ids: list[int], reward: float = 0.0, text: str = "", *, ended: bool = True) -> Answer:
@@ -167,7 +171,7 @@ def test_the_table(tmp_path):
     said = options(tmp_path)
     for link in CHAIN:
         (said.out / link.name / "eval").mkdir(parents=True)
-        align.record_file(link, said).write_text(json.dumps({"seconds": 60.4}))
+        align.training_of(link, said).record_file.write_text(json.dumps({"seconds": 60.4}))
     buckets = [{"bucket": "0 to 1"}, {"bucket": "all", "pairs": 200, "accuracy": 0.6, "error": 0.0346}]
     (said.out / REWARD / "eval" / "accuracy.json").write_text(json.dumps(buckets))
     rewards = {align_table.START: [0, 1, 2], SFT: [1, 2, 3], REJECTION: [2, 3, 4], RLOO: [3, 3, 6]}
