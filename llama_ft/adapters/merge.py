@@ -1,4 +1,4 @@
-"""The merge: W ← W + s·B·A (LoRA, arXiv 2106.09685), tensor by tensor from the base's files to the merged ones.
+"""The merge: W ← W + s·B·A (LoRA, arXiv 2106.09685), some rows at a time from the base's files to the merged ones.
 
 W is the weight the adapter was trained on: the base's, rounded to the recipe's dtype, and for QLoRA what its 4 or 8
 bits make of it. DoRA gives each row of the sum its trained length (arXiv 2402.09353, equation 5). All is computed in
@@ -12,16 +12,15 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from llama_ft.adapters.lora_file import LoraFile
-from llama_ft.adapters.quantised import is_projection
+from llama_ft.adapters.rows import Requantise, row_parts, trained_rows
 from llama_ft.errors import MachineFault, Problem, UserError
 from llama_ft.files import publish
 from llama_ft.llama.checkpoints.shards import SHARD_BYTES, Stored, stored_tensors, total_bytes, write_model
@@ -47,7 +46,7 @@ def merge_adapter(
     *,
     base_dtype: torch.dtype,
     dtype: torch.dtype,
-    requantise: Callable[[Tensor], Tensor] | None = None,
+    requantise: Requantise | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Merged:
     """Writes base + adapter as safetensors into `out`, which is complete afterwards or as it was before.
@@ -75,7 +74,7 @@ def merge_adapter(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        tensors = _merged_tensors(shapes, stored, adapter, base_dtype, dtype, requantise)
+        tensors = _merged_parts(shapes, stored, adapter, base_dtype, dtype, requantise)
         write_model(aside, shapes, dtype, tensors, shard_bytes)
         publish(aside, out)
     except OSError as error:
@@ -127,39 +126,37 @@ def _check_fit(adapter: LoraFile, stored: dict[str, Stored], *, tied: bool) -> N
         raise UserError([Problem(p.what, str(adapter.path), hint=hint) for p in problems[:_SHOWN]])
 
 
-def _merged_tensors(
-    names: Iterable[str],
+def _merged_parts(
+    shapes: dict[str, tuple[int, ...]],
     stored: dict[str, Stored],
     adapter: LoraFile | None,
     base_dtype: torch.dtype,
     dtype: torch.dtype,
-    requantise: Callable[[Tensor], Tensor] | None,
+    requantise: Requantise | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
+    """Rows after rows of each tensor, in the order of `shapes`."""
+    for name, shape in shapes.items():
         if adapter is not None and name in adapter.whole:
-            weight = adapter.whole[name]
+            parts: Iterable[tuple[slice, Tensor]] = ((rows, adapter.whole[name][rows]) for rows in row_parts(shape))
         else:
-            with safe_open(stored[name].file, framework="pt") as source:
-                weight = source.get_tensor(name)
-            if not weight.is_floating_point():
-                raise UserError(
-                    f"{name} is {weight.dtype} in the base", hint="merge into the weights before quantisation"
-                )
-            weight = weight.to(base_dtype)
-            if requantise is not None and is_projection(name):
-                weight = requantise(weight)
-            weight = weight.float()
-        if adapter is not None and name in adapter.factors:
-            down, up = adapter.factors[name]
-            weight = weight.addmm(up, down, alpha=adapter.scale)
-            if name in adapter.magnitudes:
-                weight *= (adapter.magnitudes[name] / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
-        weight = weight.to(dtype)
-        if not bool(torch.isfinite(weight).all()):
-            found = str(dtype).removeprefix("torch.")
-            hint = "look at the losses of the run; if they are fine, set export.dtype=float32"
-            raise UserError(f"{name} has values that are not finite in {found}", hint=hint)
-        yield name, weight
+            parts = trained_rows(name, stored[name], base_dtype, requantise)
+        for rows, part in parts:
+            weight = part if adapter is None or name not in adapter.factors else adapted(part, rows, adapter, name)
+            weight = weight.to(dtype)
+            if not bool(torch.isfinite(weight).all()):
+                found = str(dtype).removeprefix("torch.")
+                hint = "look at the losses of the run; if they are fine, set export.dtype=float32"
+                raise UserError(f"{name} has values that are not finite in {found}", hint=hint)
+            yield name, weight
+
+
+def adapted(part: Tensor, rows: slice, adapter: LoraFile, name: str) -> Tensor:
+    """Rows of W as rows of W + s·B·A, of DoRA each at its trained length; float32 [rows, in]."""
+    down, up = adapter.factors[name]
+    weight = part.addmm(up[rows], down, alpha=adapter.scale)
+    if name in adapter.magnitudes:
+        weight *= (adapter.magnitudes[name][rows] / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
+    return weight
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,20 @@ from llama_ft.data.prepare import Prepared
 from llama_ft.errors import UserError
 from llama_ft.export.folder import stop_ids
 from llama_ft.export.proof import pick_device
+from llama_ft.export.streamed import too_large
 from llama_ft.export.trained import check_live, check_quantised, full_model, read_back
+from llama_ft.llama.checkpoints.shards import SHARD_BYTES, stored_tensors
 from llama_ft.llama.load import DTYPES
 from llama_ft.recipe.run import Run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask for: see :func:`llama_ft.export.run.export_run`."""
+
+    dtype: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    low_memory: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,16 @@ class Job:
     prepared: Prepared
     dtype: str
     live: PreTrainedModel | PeftModel | None
+    options: Options = field(default_factory=Options)
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether the proof reads both models from disk as it asks them: where asked for, or where memory is short."""
+        if self.live is not None and self.lora is None:
+            return False  # it is in memory as it is
+        if self.options.low_memory is not None:
+            return self.options.low_memory
+        return too_large(stored_tensors(self.base))
 
     @property
     def reward(self) -> bool:
@@ -98,7 +120,7 @@ def adapter_facts(job: Job) -> dict[str, Any] | None:
     if adapter.method == "qlora":
         double = " with double quantisation" if adapter.bits == 4 and adapter.double_quant else ""
         facts["merged_into"] = f"the base out of {'NF4' if adapter.bits == 4 else 'LLM.int8()'}{double}"
-    return {**facts, "equals_memory": True if job.live is not None else None}
+    return {**facts, "equals_memory": True if job.live is not None and not job.streamed else None}
 
 
 def finite(value: Any) -> Any:

@@ -7,13 +7,11 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -23,16 +21,14 @@ from llama_ft.adapters.quantised import requantised
 from llama_ft.data.prepare import inspect_data
 from llama_ft.errors import Problem, UserError
 from llama_ft.export.card import write_card
-from llama_ft.export.folder import greedy_config, write_companions
-from llama_ft.export.job import Job, adapter_facts, finite, reopen, trained_model
-from llama_ft.export.prompts import Prompt, choose_prompts, template_faults
-from llama_ft.export.proof import Document, Seen, compare, compare_answers, observe, pick_device
+from llama_ft.export.folder import write_companions
+from llama_ft.export.job import Job, Options
+from llama_ft.export.prove import prove
 from llama_ft.export.scores import prove_scores
 from llama_ft.export.table import print_proof
-from llama_ft.export.tolerance import TOLERANCES, judge
 from llama_ft.export.trained import base_folder, check_scale, newest_weights
 from llama_ft.files import publish, write_json
-from llama_ft.llama.checkpoints.shards import stored_tensors
+from llama_ft.llama.checkpoints.shards import SHARD_BYTES, stored_tensors
 from llama_ft.llama.load import DTYPES, load_config
 from llama_ft.recipe.run import Run
 
@@ -55,22 +51,32 @@ class Export:
     ok: bool
 
 
-def export_run(run: Run | str | os.PathLike[str], *, trained: PreTrainedModel | PeftModel | None = None) -> Export:
+def export_run(
+    run: Run | str | os.PathLike[str],
+    *,
+    trained: PreTrainedModel | PeftModel | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    low_memory: bool | None = None,
+) -> Export:
     """Writes merged/, export.json and the model card of a run, and prints the proof.
 
-    trained: the model as training left it, in memory; then what was saved is also compared with it bit for bit.
+    trained: the model as training left it, in memory; then what was saved is also compared with it bit for bit. dtype:
+    in place of the recipe's `export.dtype`. shard_bytes: largest weight file. low_memory: whether the proof reads both
+    models from disk as it asks them; None: where they exceed what is free (docs/export.md).
     merged/ is complete or absent, and stands there only when the proof passed. Raises ProofFailed (export.json says
     what was measured, the weights are in merged.rejected/), UserError for a run or an adapter that cannot be merged,
     MachineFault when the disk is full.
     """
-    job = _open(run if isinstance(run, Run) else Run.open(run), trained)
+    options = Options(dtype, shard_bytes, low_memory)
+    job = _open(run if isinstance(run, Run) else Run.open(run), trained, options)
     run = job.run
     staged = run.path / STAGED
     shutil.rmtree(staged, ignore_errors=True)
     try:
         with _quiet_and_exact():
             _write(job, staged)
-            proof = (prove_scores if job.reward else _prove)(job, staged)
+            proof = (prove_scores if job.reward else prove)(job, staged)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise disk_fault(error, run.merged) from error
@@ -87,7 +93,7 @@ def export_run(run: Run | str | os.PathLike[str], *, trained: PreTrainedModel | 
     return Export(run.merged, proof, True)
 
 
-def _open(run: Run, live: PreTrainedModel | PeftModel | None) -> Job:
+def _open(run: Run, live: PreTrainedModel | PeftModel | None, options: Options) -> Job:
     """Everything that can be refused before a byte is written."""
     recipe = run.recipe
     method = recipe.adapter.method
@@ -107,7 +113,8 @@ def _open(run: Run, live: PreTrainedModel | PeftModel | None) -> Job:
             key="template",
             hint="undo the change, or train again",
         )
-    return Job(run, base_folder(run), lora, prepared, recipe.export.dtype or recipe.model.dtype, live)
+    dtype = options.dtype or recipe.export.dtype or recipe.model.dtype
+    return Job(run, base_folder(run), lora, prepared, dtype, live, options)
 
 
 def _write(job: Job, staged: Path) -> None:
@@ -124,53 +131,22 @@ def _write(job: Job, staged: Path) -> None:
             base_dtype=DTYPES[recipe.model.dtype],
             dtype=dtype,
             requantise=requantise,
+            shard_bytes=job.options.shard_bytes,
         )
     elif job.live is not None:
         job.run.merged.rename(staged)  # the trainer has just written it; it comes back when the proof has passed
     else:
-        merge_adapter(newest_weights(job.run), None, staged, base_dtype=torch.float32, dtype=dtype)
+        merge_adapter(
+            newest_weights(job.run),
+            None,
+            staged,
+            base_dtype=torch.float32,
+            dtype=dtype,
+            shard_bytes=job.options.shard_bytes,
+        )
     config = load_config(job.base, recipe.model.rope_scaling, recipe.sequence.max_length)
     config.vocab_size = stored_tensors(staged)["model.embed_tokens.weight"].shape[0]  # full tuning may have added rows
     write_companions(staged, config, dtype, job.prepared.tokenizer, job.stop, job.reward)
-
-
-def _prove(job: Job, staged: Path) -> dict[str, Any]:
-    """Asks both sides, one after the other. Returns the contents of export.json."""
-    documents, prompts = choose_prompts(job.prepared)
-    seen = _ask_trained(job, documents, prompts)
-    model, tokenizer = reopen(staged, transformers.LlamaForCausalLM)
-    device = pick_device(model)
-    seen_merged = observe(model.to(device), documents, [prompt.ids for prompt in prompts])
-    measured = compare(seen, seen_merged, documents)
-    greedy = []
-    for prompt, left, right in zip(prompts, seen.answers, seen_merged.answers, strict=True):
-        answers = {"trained": tokenizer.decode(left.ids), "merged": tokenizer.decode(right.ids)}
-        greedy.append({"prompt": tokenizer.decode(prompt.ids), **answers, **compare_answers(left, right)})
-    tolerance = TOLERANCES[job.dtype]
-    faults = judge(tolerance, measured, greedy) + template_faults(prompts, tokenizer)
-    return {
-        "ok": not faults,
-        "faults": faults,
-        "dtype": job.dtype,
-        "computed_in": f"float32 on {device.type}, weights as stored",
-        "tolerance": asdict(tolerance),
-        "measured": {key: finite(value) for key, value in measured.items()},
-        "prompts": [tokenizer.decode(document.ids) for document in documents],
-        "greedy": greedy,
-        "adapter": adapter_facts(job),
-        "opened_with": f"transformers {transformers.__version__} LlamaForCausalLM",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _ask_trained(job: Job, documents: list[Document], prompts: list[Prompt]) -> Seen:
-    """What the trained model says. What was loaded for it leaves memory with this function."""
-    model = trained_model(job)
-    own, model.generation_config = model.generation_config, greedy_config(job.stop, job.prepared.tokenizer)
-    try:
-        return observe(model, documents, [prompt.ids for prompt in prompts])
-    finally:
-        model.generation_config = own
 
 
 def _reject(run: Run, staged: Path, proof: dict[str, Any]) -> None:

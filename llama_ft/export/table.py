@@ -10,6 +10,9 @@ from rich.table import Table
 
 from llama_ft.recipe.run import Run
 
+NOT_ASKED = ("equal greedy answers", "not asked", "")
+"""Where models are read from disk as they are asked, or there was no prompt."""
+
 
 def proof_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, measured, allowed) for a terminal or a model card; `allowed` is empty where nothing is judged."""
@@ -24,7 +27,7 @@ def proof_rows(proof: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("max |Δ logit|", _number(measured["max_delta_logit"]), limits["max_delta"] and f"≤ {limits['max_delta']}"),
         ("mean KL (nats)", _number(measured["mean_kl"]), limits["mean_kl"] and f"≤ {limits['mean_kl']}"),
         ("top-1 agreement", _share(measured["top1_agreement"]), limits["top1"] and f"≥ {float(limits['top1']):.0%}"),
-        ("equal greedy answers", f"{equal} of {len(proof['greedy'])}", greedy),
+        ("equal greedy answers", f"{equal} of {len(proof['greedy'])}", greedy) if proof["greedy"] else NOT_ASKED,
     ]
     if measured["labelled_tokens"]:
         both = f"{_number(measured['nll_trained'])} → {_number(measured['nll_merged'])}"

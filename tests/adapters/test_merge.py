@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from llama_ft.adapters import merge as merge_module
 from llama_ft.adapters.lora_file import read_lora
 from llama_ft.adapters.merge import merge_adapter
+from llama_ft.adapters.rows import row_parts
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.llama.checkpoints.shards import plan_shards, stored_tensors, write_model
 from tests.tiny_run import make_base
@@ -381,3 +382,30 @@ def test_a_disk_that_is_really_full(base, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)
     assert {path.name for path in tmp_path.iterdir()} == {"a"}
+
+
+def test_a_tensor_may_be_written_in_parts(tmp_path):
+    weight = torch.randn(7, 3)
+    parts = [("a", weight[:2]), ("a", weight[2:6]), ("a", weight[6:])]
+    write_model(tmp_path, {"a": (7, 3)}, torch.float32, parts)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], weight)
+    for wrong in (
+        parts[:2],
+        [*parts, ("a", weight[:1])],
+        [parts[0], ("a", weight[2:6, :2])],
+        [parts[0], ("b", weight)],
+    ):
+        with pytest.raises(ValueError, match="expected a|more tensors"):
+            write_model(tmp_path, {"a": (7, 3)}, torch.float32, wrong)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"modules_to_save": ["input_layernorm"]}])
+def test_a_merge_by_few_rows_is_the_same(base, tmp_path, monkeypatch, config):
+    lora = read_lora(adapter(base, tmp_path / "a", **config))
+    types = {"base_dtype": torch.bfloat16, "dtype": torch.float32}
+    whole = load_file(merge_adapter(base, lora, tmp_path / "whole", **types).path / "model.safetensors")
+    monkeypatch.setattr("llama_ft.adapters.rows.PART_BYTES", 3000)
+    assert len(row_parts((64, 32))) == 3
+    cut = load_file(merge_adapter(base, lora, tmp_path / "cut", **types).path / "model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=0, atol=1e-6)

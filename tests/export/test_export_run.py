@@ -449,7 +449,7 @@ def test_a_full_disk_keeps_the_old_export(run, monkeypatch):
 def test_an_interrupted_export_keeps_the_old_one(run, monkeypatch):
     export_run(run)
     before = contents(run.merged)
-    monkeypatch.setattr(export_module, "observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("llama_ft.export.prove.observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export_run(run)
     assert contents(run.merged) == before

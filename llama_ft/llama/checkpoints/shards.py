@@ -7,7 +7,7 @@ header, then the tensors' bytes end to end. Shapes are known before any value is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -84,7 +84,8 @@ def write_model(
 ) -> list[Path]:
     """Writes tensors as they come, in the order of `shapes`, as `dtype`. Returns the files; several get an index.
 
-    Raises ValueError when a tensor is not the one that `shapes` announces, OSError when the disk refuses.
+    A tensor may come in parts, rows after rows. Raises ValueError when it is not the one that `shapes` announces,
+    OSError when the disk refuses.
     """
     shards = plan_shards(shapes, dtype, limit)
     stream = iter(tensors)
@@ -95,12 +96,10 @@ def write_model(
         file = folder / (SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors")
         with file.open("wb") as out:
             out.write(_header({name: shapes[name] for name in names}, dtype))
-            for expected in names:
-                name, tensor = next(stream)
-                if name != expected or tuple(tensor.shape) != shapes[name]:
-                    raise ValueError(f"expected {expected} {shapes[expected]}, got {name} {tuple(tensor.shape)}")
-                # A type numpy does not know (bfloat16) goes out as its bytes.
-                out.write(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for name in names:
+                for part in _parts(stream, name, shapes[name]):
+                    # A type numpy does not know (bfloat16) goes out as its bytes.
+                    out.write(part.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 weight_map[name] = file.name
         files.append(file)
     if next(stream, None) is not None:  # also lets a generator finish what it does after its last tensor
@@ -109,6 +108,17 @@ def write_model(
         index = {"metadata": {"total_size": total_bytes(shapes, dtype)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
+
+
+def _parts(stream: Iterator[tuple[str, Tensor]], expected: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The parts of one tensor, until all of its rows are there."""
+    left = shape[0] if shape else 1
+    while left:
+        name, part = next(stream, ("nothing", torch.empty(0)))
+        left -= part.shape[0] if part.dim() else 1
+        if name != expected or part.dim() != len(shape) or part.shape[1:] != shape[1:] or left < 0:
+            raise ValueError(f"expected {expected} {shape}, got {name} {tuple(part.shape)}")
+        yield part
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
