@@ -13,13 +13,14 @@ import yaml
 from llama_ft.data.cards import Card, Hub, load_card
 from llama_ft.errors import UserError
 from llama_ft.export.card_objective import counted, limits, of_buckets, of_losses, of_samples, settings, task, use
+from llama_ft.export.licence import Licence, licence_of, terms_of
 from llama_ft.export.table import proof_rows
 from llama_ft.files import write_text
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Data, Recipe
 
 # Bases that have another name here than on the hub.
-_HUB_NAMES = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0")}
+_HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 MEASURED = {
     "loss": "training loss",
     "eval_loss": "held-out loss",
@@ -36,6 +37,7 @@ def write_card(run: Run) -> Path:
     sections = [
         f"# {recipe.name}",
         _what_it_is(recipe),
+        _combined(run),
         f"## Use\n\n{use(recipe)}",
         _results(run),
         _proof(run),
@@ -48,15 +50,15 @@ def write_card(run: Run) -> Path:
     return run.card_file
 
 
-def base_names(recipe: Recipe) -> tuple[str | None, str | None]:
+def base_names(recipe: Recipe) -> tuple[str | None, Licence | None]:
     """(hub id, licence) of the base model; None where it has none that is known, or only lent its shapes."""
     base = recipe.model.base
     if recipe.model.starts_new:
         return None, None
-    if base in _HUB_NAMES:
-        return _HUB_NAMES[base]
-    is_hub_id = _HUB_ID.fullmatch(base) and not Path(base).exists()
-    return (base if is_hub_id else None), None
+    hub_id = _HUB_NAMES.get(base)
+    if hub_id is None and _HUB_ID.fullmatch(base) and not Path(base).exists():
+        hub_id = base
+    return hub_id, licence_of(hub_id)
 
 
 def _cards(recipe: Recipe) -> list[tuple[Data, Card | None]]:
@@ -75,15 +77,15 @@ def _cards(recipe: Recipe) -> list[tuple[Data, Card | None]]:
 def _front_matter(recipe: Recipe) -> dict[str, Any]:
     base, base_licence = base_names(recipe)
     cards = _cards(recipe)
-    licences = {card.licence if card else None for _, card in cards}
+    licences = {card.licence.lower() if card and card.licence else None for _, card in cards}
     if not recipe.model.starts_new:
-        licences.add(base_licence)
+        licences.add(base_licence.identifier if base_licence else None)
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task(recipe)}
     if base is not None:
         front |= {"base_model": base, "base_model_relation": "finetune"}
-    # One licence is named only when everything is known to be under it.
+    # One licence is named only when everything is known to be under it; a base's own terms bind whatever is beside it.
     only = licences.pop() if len(licences) == 1 else None
-    front["license"] = only.lower() if only else "other"
+    front["license"] = base_licence.identifier if base_licence and base_licence.terms else only or "other"
     hubs = [card.source.hub for _, card in cards if card is not None and isinstance(card.source, Hub)]
     if hubs:
         front["datasets"] = hubs
@@ -98,7 +100,7 @@ def _base_in_words(recipe: Recipe) -> str:
         return f"New weights in the shapes of {'a LLaMA from a local folder' if local else f'`{recipe.model.base}`'}"
     if base is None:
         return "A LLaMA from a local folder"
-    return f"[{base}](https://huggingface.co/{base})" + (f" ({licence})" if licence else "")
+    return f"[{base}](https://huggingface.co/{base})" + (f" ({licence.name})" if licence else "")
 
 
 def _what_it_is(recipe: Recipe) -> str:
@@ -110,6 +112,15 @@ def _what_it_is(recipe: Recipe) -> str:
         parts.append(f"It follows {recipe.reproduces.what} ({recipe.reproduces.source}), with these deviations:")
         parts.append("\n".join(f"- {line}" for line in recipe.reproduces.deviations) or "- none")
     return "\n\n".join(parts)
+
+
+def _combined(run: Run) -> str:
+    """Of several adapters as one: which, and how."""
+    said = _lock(run).get("combined")
+    if not said:
+        return ""
+    parts = " + ".join(f"{one['weight']:g} × {one['run']}" for one in said["of"])
+    return f"Its adapter is a combination of several runs' by PEFT's `{said['how']}`: {parts}."
 
 
 def _results(run: Run) -> str:
@@ -204,7 +215,9 @@ def _settings(run: Run) -> str:
 def _limits(recipe: Recipe) -> str:
     _, licence = base_names(recipe)
     other = "" if licence or recipe.model.starts_new else " The base model's own licence and terms apply."
-    return f"## Limits\n\n{limits(recipe)}{other}"
+    terms = terms_of(licence) if licence else ""
+    licensed = f"\n\n## Licence of the base\n\n{terms}" if terms else ""
+    return f"## Limits\n\n{limits(recipe)}{other}{licensed}"
 
 
 def _metrics(run: Run) -> list[dict[str, Any]]:

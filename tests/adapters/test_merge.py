@@ -395,7 +395,7 @@ def test_a_tensor_may_be_written_in_parts(tmp_path):
         [parts[0], ("a", weight[2:6, :2])],
         [parts[0], ("b", weight)],
     ):
-        with pytest.raises(ValueError, match="expected a|more tensors"):
+        with pytest.raises(ValueError, match=r"expected a|more tensors"):
             write_model(tmp_path, {"a": (7, 3)}, torch.float32, wrong)
 
 
