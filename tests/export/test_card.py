@@ -143,7 +143,8 @@ def test_no_place_of_this_machine(run, tmp_path):
 
 def test_a_hub_base_of_unknown_licence(tmp_path):
     run = Run(tmp_path / "run")
-    write_text(run.recipe_file, dump(load_recipe("alpaca/llama-7b-full", ["model.base=someone/llama-7b"], look_up=False)))
+    recipe = load_recipe("alpaca/llama-7b-full", ["model.base=someone/llama-7b"], look_up=False)
+    write_text(run.recipe_file, dump(recipe))
     text = write_card(run).read_text()
     front = front_of(text)
     assert front["base_model"] == "someone/llama-7b"
