@@ -91,7 +91,7 @@ STUDIES = (
         64,
         [REWARD],
     ),
-    Study(DPO, "zephyr/smollm2-135m-dpo", dpo_claims, "eval_accuracy", ["training.eval_every=20"], 640, 400),
+    Study(DPO, "zephyr/smollm2-135m-dpo", dpo_claims, "eval_accuracy", [f"training.eval_every={NEVER}"], EVERY, EVERY),
     Study(
         KTO,
         "kto/smollm2-135m",

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaForCausalLM
+
 from benchmarks.trl_dpo import COLUMNS, digest
 from llama_ft import prepare_data
 from llama_ft.data.order import document_order
@@ -86,3 +89,22 @@ def expected_steps(pairs: Path, batch: int) -> list[Step]:
         rows = sorted(digest([*prompt, *answer], len(prompt)) for prompt, answer in ends)
         steps.append({"labelled": sum(len(answer) for _, answer in ends), "rows": rows})
     return steps
+
+
+@torch.no_grad()
+def bfloat16_noise(base: Path, pairs: Path, count: int = 24) -> float:
+    """Standard deviation, in nats, of what bfloat16 does to the log-probability of a token of the chosen answers.
+
+    transformers' LLaMA with the weights of `base` in bfloat16 against itself in float32, on the last `count` pairs.
+    """
+    read = [json.loads(line) for line in pairs.read_text().splitlines()][-count:]
+    said = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+        found = []
+        for one in read:
+            ids, start = torch.tensor([[*one["prompt"], *one["chosen"]]]), len(one["prompt"])
+            logits = model(input_ids=ids).logits[0, start - 1 : -1].float().log_softmax(-1)
+            found.append(logits.gather(-1, ids[0, start:, None])[:, 0])
+        said.append(torch.cat(found))
+    return float((said[1] - said[0]).std())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import preference, preference_gpu, trl_dpo
-from benchmarks.pairs import as_trl, choose_rows, expected_steps, spread, write_pairs
+from benchmarks.pairs import as_trl, bfloat16_noise, choose_rows, expected_steps, spread, write_pairs
 from llama_ft import load_recipe, prepare_data, train_recipe
 from llama_ft.data.render import MASKED
 from tests.train.conftest import small_base  # noqa: F401 (a fixture)
@@ -69,16 +69,18 @@ def both(tiny_base, tmp_path_factory) -> dict:
         spec = preference.spec_of(variant, recipe, pairs, adapter, folder)
         trl_dpo.main(spec | {"threads": torch.get_num_threads()})
         found[variant] = json.loads((folder / "out.json").read_text())["steps"]
-    return found | {"trl": found[preference.REFERENCE]}
+    noise = bfloat16_noise(tiny_base, pairs)
+    limits = preference.limits_of(found["expected"], 4, 0.1, noise)
+    return found | {"trl": found[preference.REFERENCE], "noise": noise, "limits": limits}
 
 
 def test_both_sides_compute_the_same(both):
     """No gate is hit, and the losses fell, so that something was compared."""
-    assert preference.faults("llama_ft", both["ours"], both["expected"], both["trl"]) == []
+    assert preference.faults("llama_ft", both["ours"], both["expected"], both["trl"], both["limits"]) == []
     for variant in preference.PEERS["trl"]:
-        assert preference.faults(variant, both[variant], both["expected"], both["trl"]) == []
-    losses, gradient = preference.apart("llama_ft", both["ours"], both["trl"])
-    assert losses < 1e-4 and gradient < 1e-3
+        assert preference.faults(variant, both[variant], both["expected"], both["trl"], both["limits"]) == []
+    assert max(preference.losses_apart("llama_ft", both["ours"], both["trl"])) < 1e-5
+    assert preference.gradient_apart(both["ours"], both["trl"]) < 1e-4
     assert both["ours"][-1]["loss"] < both["ours"][0]["loss"] - 1e-3
 
 
@@ -93,6 +95,20 @@ def test_steps_are_those_that_were_chosen(both):
         assert trl["computed"] > trl["tokens"]
 
 
+def test_what_rounding_does_to_a_loss(both):
+    """The limit is four deviations of the mean loss of pairs whose tokens are moved by that noise, twice each."""
+    assert 1e-4 < both["noise"] < 0.1
+    assert both["limits"]["float32"] == [1e-4] * 3
+    noise, step = 0.05, {"labelled": 640}
+    (limit,) = preference.limits_of([step], 8, 0.1, noise)["bfloat16"]
+    torch.manual_seed(0)
+    moved = torch.randn(4000, 2, 640).sum(1) * noise  # policy and reference; by token
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(40).repeat(8)  # chosen and rejected answers of 40 tokens
+    margins = (moved * signs).sum(1) / 8
+    losses = -torch.nn.functional.logsigmoid(0.1 * margins)
+    assert losses.std().item() * preference.DEVIATIONS == pytest.approx(limit, rel=0.05)
+
+
 def read(pairs: Path) -> list[dict]:
     return [json.loads(line) for line in pairs.read_text().splitlines()]
 
@@ -101,7 +117,7 @@ def read(pairs: Path) -> list[dict]:
     ("damage", "said"),
     [
         (lambda steps: steps[0].update(loss=0.6932), "not log 2"),
-        (lambda steps: steps[2].update(loss=steps[2]["loss"] + 0.01), "from the reference's"),
+        (lambda steps: steps[2].update(loss=steps[2]["loss"] + 0.01), "the loss of step 3 is 1.0e-02 from"),
         (lambda steps: steps[0].update(grad_norm=steps[0]["grad_norm"] * 1.01), "gradient's norm"),
         (lambda steps: steps[1].update(labelled=1), "1 labelled tokens in step 2"),
         (lambda steps: steps.pop(), "took 2 steps of 3"),
@@ -110,17 +126,21 @@ def read(pairs: Path) -> list[dict]:
 def test_a_gate_names_what_is_not_the_same(both, damage, said):
     steps = json.loads(json.dumps(both["ours"]))
     damage(steps)
-    (fault,) = preference.faults("llama_ft", steps, both["expected"], both["trl"])
+    (fault,) = preference.faults("llama_ft", steps, both["expected"], both["trl"], both["limits"])
     assert fault.startswith("llama_ft") and said in fault
 
 
 def test_other_ids_are_seen(both):
     steps = json.loads(json.dumps(both["trl"]))
     steps[1]["rows"], steps[2]["rows"] = steps[2]["rows"], steps[1]["rows"]
-    assert preference.faults("trl-default", steps, both["expected"], both["trl"]) == []  # in an order of its own
-    assert len(preference.faults("trl-tuned-fp32", steps, both["expected"], both["trl"])) == 2
+    assert (
+        preference.faults("trl-default", steps, both["expected"], both["trl"], both["limits"]) == []
+    )  # in an order of its own
+    assert len(preference.faults("trl-tuned-fp32", steps, both["expected"], both["trl"], both["limits"])) == 2
     steps[2]["rows"][0] = trl_dpo.digest([1, 2, 3], 2)
-    assert preference.faults("trl-default", steps, both["expected"], both["trl"]) == ["trl-default: other ids in all"]
+    assert preference.faults("trl-default", steps, both["expected"], both["trl"], both["limits"]) == [
+        "trl-default: other ids in all"
+    ]
 
 
 def test_the_table_counts_all_steps_but_the_first():
