@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from llama_ft.errors import user_facing
-from llama_ft.imports import for_good
+from llama_ft.export.verb import export
 from llama_ft.launch.verb import launch
+from llama_ft.serve.chat_verb import chat
+from llama_ft.serve.serve_verb import serve
 
 app = typer.Typer(
     name="llama-ft",
@@ -245,14 +247,7 @@ def rerun(
         raise SystemExit(train_again(lock, overrides or [], output_dir=output_dir, allow=allow or [], flags=flags))
 
 
-@app.command()
-def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], debug: Debug = False) -> None:
-    """Merge a run's adapter into its base and prove the result equal to what was trained."""
-    with user_facing(debug=debug):
-        with for_good():
-            from llama_ft.export.run import export_run
-
-        export_run(run)
+app.command()(export)
 
 
 @app.command()
@@ -281,24 +276,10 @@ def import_(
         import_named(source, dest, dtype=dtype, overwrite=overwrite)
 
 
-@app.command()
-def chat(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a base name.")],
-    once: Annotated[str | None, typer.Option(help="Answer one question and stop.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Talk to a run or a model in the terminal."""
-    with user_facing(debug=debug):
-        from llama_ft.serve.chat import chat as start_chat
+app.command()(chat)
 
-        start_chat(
-            source, once=once, system=system, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
-        )
+
+app.command()(serve)
 
 
 def main() -> None:

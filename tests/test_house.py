@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "llama_ft"
 ORDER = ["recipe", "tokenizer", "llama", "data", "adapters", "plan", "launch", "export", "train", "serve", "evaluate"]
-BELOW_ALL = {"errors", "files", "imports", "paths"}
+BELOW_ALL = {"errors", "files", "imports", "paths", "sizes"}
 
 
 def modules() -> list[Path]:

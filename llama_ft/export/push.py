@@ -31,7 +31,7 @@ def files_of(run: Run) -> dict[str, Path]:
         for picture in PICTURE.finditer(run.card_file.read_text(encoding="utf-8")):
             if (run.path / picture["file"]).is_file():
                 found[picture["file"]] = run.path / picture["file"]
-    for folder in (run.adapter, run.path / "gguf"):
+    for folder in (run.adapter, run.path / "gguf"):  # nf4/ has names that merged/ has too
         if folder.is_dir():
             found |= {f"{folder.name}/{file.name}": file for file in sorted(folder.iterdir()) if file.is_file()}
     return found

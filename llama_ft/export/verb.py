@@ -28,6 +28,7 @@ def export(
     gguf: Annotated[
         list[str] | None, typer.Option(help="Also f16, q8_0, q6_k, q5_k_m, q4_k_m; repeat for several.")
     ] = None,
+    nf4: Annotated[bool, typer.Option("--nf4", help="Also a 4-bit checkpoint for transformers.")] = False,
     out: Annotated[Path | None, typer.Option(help="Of several runs: the new run's folder.")] = None,
     how: Annotated[
         str, typer.Option(help="How adapters are combined: cat, svd, linear, ties, dare_linear, dare_ties.")
@@ -62,11 +63,21 @@ def export(
             run = combine_runs(parts, out, how=how, density=density, seed=seed)
         else:
             run = Run.open(parts[0][0])
+        if nf4:
+            from llama_ft.export.nf4 import check_nf4
+
+            check_nf4(run)
         export_run(run, dtype=dtype, shard_bytes=shard_bytes, low_memory=low_memory)
         if types := [*dict.fromkeys([*run.recipe.export.gguf, *types])]:
             from llama_ft.export.gguf.write import write_ggufs
 
             write_ggufs(run, types)
+        if nf4:
+            from llama_ft.export.nf4 import write_nf4
+
+            proof = write_nf4(run)
+            kl, size = proof["measured"]["mean_kl"], proof["bytes"] / 2**20
+            print(f"proof passed: nf4 ({size:.0f} MiB) against merged, mean KL {kl:.3g} nats")
         if push is not None:
             print(f"pushed: {push_run(run, push, private=not public)}")
 

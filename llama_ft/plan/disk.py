@@ -8,7 +8,7 @@ from llama_ft.plan.memory import Case, optimizer
 from llama_ft.plan.weights import BYTES, FLOAT
 from llama_ft.recipe.schema import Recipe
 
-BITS = {"f16": 16.0, "q8_0": 8.5, "q6_k": 6.5625, "q5_k_m": 5.69, "q4_k_m": 4.85}
+BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8_0": 8.5, "q6_k": 6.5625, "q5_k_m": 5.69, "q4_k_m": 4.85}
 """Bits per weight of llama.cpp's types (ggml's block sizes; the K mixtures as llama-quantize reports them on 7B)."""
 
 

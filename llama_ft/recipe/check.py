@@ -36,13 +36,14 @@ def check(view: View, launcher: Launcher | None) -> None:
             engine_can_train(view, launcher)
 
 
-def nothing_is_ignored(view: View) -> None:
-    """What the schema knows and this version does not do yet is refused by name, never passed over."""
-    not_yet = (("export.gguf", bool, "write GGUF", "remove gguf; merged/ opens in llama.cpp's own converter"),)
-    for key, asked, what, hint in not_yet:
-        with suppress(Unknown):
-            if asked(view.value(key)):
-                view.wrong(key, f"this version cannot {what} yet", hint)
+def gguf_can_be_made(view: View) -> None:
+    """GGUF files are made of merged/, and llama.cpp knows no reward model of this kind."""
+    if not view.value("export.gguf"):
+        return
+    if view.value("training.objective") == "reward":
+        view.wrong("export.gguf", "a reward model has no GGUF form", "remove gguf")
+    elif view.value("export.merged") is False:
+        view.wrong("export.gguf", "GGUF files are made of merged/, and export.merged is false", "write merged: true")
 
 
 def float16_on_cpu(view: View, launcher: Launcher) -> None:
@@ -85,7 +86,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     *rope.RULES,
     preset_names_a_tokenizer,
     revision_is_of_the_hub,
-    nothing_is_ignored,
+    gguf_can_be_made,
     *check_adapter.RULES,
     *check_training.RULES,
     *check_data.RULES,

@@ -16,7 +16,7 @@ from llama_ft.recipe.section import Finite, NonNegative, Positive, PositiveInt, 
 
 Objective = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "rejection_sampling"]
 Layout = Literal["alpaca", "sharegpt", "messages", "preference", "rated", "text", "prompt-completion"]
-Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+Quantisation = Literal["f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 
 
 class Reproduces(Section):

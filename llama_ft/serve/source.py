@@ -17,6 +17,7 @@ from llama_ft.errors import UserError, did_you_mean
 from llama_ft.llama import smollm2
 from llama_ft.llama.base import locate_base
 from llama_ft.llama.context import context_length
+from llama_ft.llama.init import resize_embeddings
 from llama_ft.llama.load import DTYPES, choose_compute_dtype, load_model
 from llama_ft.llama.model import LlamaForCausalLM
 from llama_ft.llama.projections import project_each
@@ -47,7 +48,7 @@ def open_source(source: str) -> Opened:
     """
     logging.disable_progress_bar()
     path = Path(source).expanduser()
-    run = _run(source, path)
+    run = find_run(source)
     if run is not None:
         if run.recipe.training.objective == "reward":
             raise _scores_only(run.path)
@@ -65,7 +66,9 @@ def _scores_only(path: Path) -> UserError:
     return UserError(what, hint=hint)
 
 
-def _run(source: str, path: Path) -> Run | None:
+def find_run(source: str) -> Run | None:
+    """The run that a source names, by its folder or as a name below runs/; None where it names a model."""
+    path = Path(source).expanduser()
     for candidate in (path, Path("runs", path)):
         # A base's own name wins over a run called the same.
         if (candidate / "recipe.yaml").is_file() and not (source == smollm2.NAME and candidate != path):
@@ -110,6 +113,36 @@ def _open_run(run: Run) -> Opened:
     refused = (run.path / "merged.rejected").is_dir()
     why = "its merged model was refused (see export.json)" if refused else "no merged/ yet (llama-ft export makes it)"
     return _opened(model.to(device), run.adapter, system, (f"{why}: talking to base + adapter",))
+
+
+def open_base(run: Run, tuned: Opened) -> Opened:
+    """What a run started from, to talk to beside it: with its own chat template, or with the run's if it has none.
+
+    Then tokens that the run added get the rows that its training began with. Raises UserError when the base is gone,
+    or was made by the run and its weights never written (full tuning of new weights).
+    """
+    from llama_ft.export.trained import base_folder
+
+    folder = base_folder(run)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{run.path} was trained from new weights: there is no base to compare it with")
+    if load_tokenizer(folder).chat_template:
+        return _open_folder(folder)
+    recipe, device = run.recipe, _device()
+    dtype = DTYPES[recipe.model.dtype]
+    model: Any = load_model(
+        folder,
+        dtype,
+        compute_dtype=choose_compute_dtype(dtype, device),
+        rope_scaling=recipe.model.rope_scaling,
+        max_length=recipe.sequence.max_length,
+    )
+    if tuned.model.config.vocab_size > model.config.vocab_size:
+        resize_embeddings(model, tuned.model.config.vocab_size)
+    model.eval()
+    model.model.set_project(project_each)
+    notices = ("the base has no chat template: it is asked in the run's",)
+    return Opened(model.to(device), tuned.renderer, tuned.stop, context_length(model.config), None, notices)
 
 
 def _open_folder(folder: Path, system: str | None = None) -> Opened:

@@ -245,9 +245,9 @@ VALUES = {
     "gguf": (
         "export: {gguf: [Q4_K_M, f17]}",
         [
-            "r.yaml:5:17: export.gguf.0: gguf is 'Q4_K_M', one of f16, q8_0, q6_k, q5_k_m, q4_k_m is needed"
+            "r.yaml:5:17: export.gguf.0: gguf is 'Q4_K_M', one of f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m is needed"
             " — did you mean 'q4_k_m'?",
-            "r.yaml:5:25: export.gguf.1: gguf is 'f17', one of f16, q8_0, q6_k, q5_k_m, q4_k_m is needed"
+            "r.yaml:5:25: export.gguf.1: gguf is 'f17', one of f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m is needed"
             " — did you mean 'f16'?",
         ],
     ),
@@ -425,12 +425,17 @@ COMBINATIONS = {
             " — write drop or truncate",
         ],
     ),
-    "what is not done is not passed over": (
-        GOOD + "export: {gguf: [q8_0]}\n",
+    "gguf": (GOOD + "export: {gguf: [q8_0, q4_k_m]}\n", []),
+    "gguf of nothing": (
+        GOOD + "export: {merged: false, gguf: [q8_0]}\n",
         [
-            "r.yaml:5:10: export.gguf: this version cannot write GGUF yet"
-            " — remove gguf; merged/ opens in llama.cpp's own converter",
+            "r.yaml:5:25: export.gguf: GGUF files are made of merged/, and export.merged is false"
+            " — write merged: true",
         ],
+    ),
+    "gguf of a reward model": (
+        GOOD + "training: {objective: reward}\nexport: {gguf: [q8_0]}\n",
+        ["r.yaml:6:10: export.gguf: a reward model has no GGUF form — remove gguf"],
     ),
     "qlora in float16 on a CPU": (
         good(model="{base: smollm2-135m, dtype: float16}", adapter="{method: qlora}"),
