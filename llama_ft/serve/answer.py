@@ -44,6 +44,7 @@ class Answer:
         self.gateway, self.model, self.ask = gateway, model, ask
         self.prompt, self.room = prompt, room
         self.shape = Shape(model.name, chat=ask.prompt is None)
+        self._inside = True
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers, unless the client goes away first: then whatever was under way for it is given up."""
@@ -54,18 +55,25 @@ class Answer:
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
-            self.gateway.left()
+            self._leave()
         if not work.cancelled() and (error := work.exception()) is not None:
             raise error
+
+    def _leave(self) -> None:
+        if self._inside:
+            self._inside = False
+            self.gateway.left()
 
     async def _respond(self, send: Any) -> None:
         out = _Out(send, self.gateway.limits.send, self.shape.id)
         try:
             async with self.gateway.turn(self.model) as slot, self._asked() as answer:
                 last = await (self._stream if self.ask.stream else self._whole)(answer, out, slot)
+            self._leave()  # before the last word: who has read that may ask again at once
             await out.begin(200, EVENTS if self.ask.stream else JSON)
             await out.write(last, last=True)
         except Refusal as refusal:
+            self._leave()
             await out.refuse(refusal)
         except TimeoutError:  # the client takes nothing: its connection is dropped
             return

@@ -55,6 +55,10 @@ def finish(
     warnings.finished(model, samples)
     proof: Export | None = export_run(run, trained=model) if recipe.export.merged else None
     print_report(run, proof, start.console)
+    if recipe.export.gguf:
+        from llama_ft.export.gguf.write import write_ggufs
+
+        write_ggufs(run, recipe.export.gguf, prepared=prepared)
 
 
 def whole_model(trainer: LlamaTrainer, start: Start, compute: torch.dtype, samples: Samples | None) -> Any:

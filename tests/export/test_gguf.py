@@ -362,8 +362,10 @@ def test_the_command_names_the_nearest_type(run):
     assert "no such GGUF type 'q8' — did you mean 'q8_0'?" in done.stderr
 
 
-def test_a_reward_model(run, monkeypatch):
-    text = run.recipe_file.read_text()
-    run.recipe_file.write_text(text.replace("objective: sft", "objective: reward"))
+def test_a_reward_model(run):
+    recipe = run.recipe
+    training = recipe.training.model_copy(update={"objective": "reward"})
+    run.__dict__["recipe"] = recipe.model_copy(update={"training": training})
     with pytest.raises(UserError, match="a reward model has no GGUF form"):
-        write_ggufs(Run(run.path), ["f16"])
+        write_ggufs(run, ["f16"])
+    assert not (run.path / "gguf").exists()

@@ -429,8 +429,7 @@ COMBINATIONS = {
     "gguf of nothing": (
         GOOD + "export: {merged: false, gguf: [q8_0]}\n",
         [
-            "r.yaml:5:25: export.gguf: GGUF files are made of merged/, and export.merged is false"
-            " — write merged: true",
+            "r.yaml:5:25: export.gguf: GGUF files are made of merged/, and export.merged is false — write merged: true",
         ],
     ),
     "gguf of a reward model": (

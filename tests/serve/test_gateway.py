@@ -389,6 +389,23 @@ def test_one_at_a_time_in_order_and_no_more_than_allowed(place) -> None:
     assert post(place, "say:x").status_code == 200
 
 
+def test_who_has_the_answer_may_ask_again_at_once(place) -> None:
+    """As many clients as are allowed, each asking again as soon as it has read: none is refused."""
+    refused: list[int] = []
+
+    def go(stream: bool) -> None:
+        for _ in range(25):
+            response = post(place, "say:a|b", stream=stream)
+            refused.extend([response.status_code] if response.status_code != 200 else [])
+
+    threads = [threading.Thread(target=go, args=(number % 2 == 0,)) for number in range(LIMITS.concurrent)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not refused
+
+
 def test_a_turn_that_does_not_come(place) -> None:
     first = threading.Thread(target=post, args=(place, "wait:x"))
     first.start()

@@ -232,6 +232,7 @@ def test_who_may_be_served() -> None:
 
 
 def test_a_port_in_use() -> None:
+    pytest.importorskip("uvicorn")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1 port {port} cannot be used: Address already in use.*--port 0"):

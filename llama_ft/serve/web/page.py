@@ -261,7 +261,7 @@ class Page:
         except Malformed as mistake:
             return {self.status: str(mistake)}
         sides = zip(self.chats, talk.sides, strict=True)
-        return {chat: gr.update(messages(formatted, side), render_markdown=formatted) for chat, side in sides}
+        return {chat: gr.update(value=messages(formatted, side), render_markdown=formatted) for chat, side in sides}
 
     def _save(self, write: Callable[[Talk, list[str]], str], ending: str) -> Callable[[Any], tuple[Any, str]]:
         names = [speaker.name for speaker in self.speakers]
