@@ -18,7 +18,7 @@ from llama_ft.errors import UserError
 from llama_ft.export.folder import stop_ids
 from llama_ft.export.proof import pick_device
 from llama_ft.export.streamed import too_large
-from llama_ft.export.trained import check_live, check_quantised, full_model, read_back
+from llama_ft.export.trained import check_live, check_quantised, full_model, newest_weights, read_back
 from llama_ft.llama.checkpoints.shards import SHARD_BYTES, stored_tensors
 from llama_ft.llama.load import DTYPES
 from llama_ft.recipe.run import Run
@@ -52,7 +52,7 @@ class Job:
             return False  # it is in memory as it is
         if self.options.low_memory is not None:
             return self.options.low_memory
-        return too_large(stored_tensors(self.base))
+        return too_large(stored_tensors(newest_weights(self.run) if self.lora is None else self.base))
 
     @property
     def reward(self) -> bool:
