@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llama_ft.llama.reward import reward_config
+from llama_ft.recipe.schema import ExportSampling
 
 # Where configs keep the place they were read from. An export must not carry the paths of the machine that made it.
 _PLACES = ("_name_or_path", "_model_name_or_path", "_commit_hash")
@@ -26,11 +27,13 @@ def write_companions(
     tokenizer: PreTrainedTokenizerFast,
     stop: list[int],
     reward: bool = False,
+    sampling: ExportSampling | None = None,
 ) -> None:
     """Writes config.json, generation_config.json and the tokenizer's files into `folder`.
 
     config: the base's shapes; changed here. dtype: what the weights are stored in. tokenizer: as trained with,
     `chat_template` set. stop: ids that end an answer. reward: a reward model, which generates nothing.
+    sampling: how servers draw answers that nobody said more about; None is greedy.
     """
     for place in _PLACES:
         config.__dict__.pop(place, None)
@@ -43,8 +46,11 @@ def write_companions(
     config.use_cache = True
     config.save_pretrained(folder)
     if not reward:
-        # Written afresh: a base's own file may ask for sampling, and greedy is what the proof compared.
-        greedy_config(stop, tokenizer, bos=config.bos_token_id).save_pretrained(folder)
+        # Written afresh: a base's own file may ask for what nobody wants of this model.
+        settings = greedy_config(stop, tokenizer, bos=config.bos_token_id)
+        if sampling is not None:  # top_k: transformers would take the best 50, which nobody asked for
+            settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+        settings.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -146,7 +146,8 @@ def _write(job: Job, staged: Path) -> None:
         )
     config = load_config(job.base, recipe.model.rope_scaling, recipe.sequence.max_length)
     config.vocab_size = stored_tensors(staged)["model.embed_tokens.weight"].shape[0]  # full tuning may have added rows
-    write_companions(staged, config, dtype, job.prepared.tokenizer, job.stop, job.reward)
+    sampling = recipe.export.sampling
+    write_companions(staged, config, dtype, job.prepared.tokenizer, job.stop, job.reward, sampling)
 
 
 def _reject(run: Run, staged: Path, proof: dict[str, Any]) -> None:

@@ -46,6 +46,16 @@ def gguf_can_be_made(view: View) -> None:
         view.wrong("export.gguf", "GGUF files are made of merged/, and export.merged is false", "write merged: true")
 
 
+def sampling_is_for_answers(view: View) -> None:
+    """A reward model writes none, and without merged/ there is no file to say it in."""
+    if view.value("export.sampling") is None:
+        return
+    if view.value("training.objective") == "reward":
+        view.wrong("export.sampling", "a reward model writes no answers", "remove sampling")
+    elif view.value("export.merged") is False:
+        view.wrong("export.sampling", "it is told in merged/, and export.merged is false", "write merged: true")
+
+
 def float16_on_cpu(view: View, launcher: Launcher) -> None:
     """float16 arithmetic on a CPU runs at nearly no speed at all, with any method."""
     if launcher.use_cpu and view.value("model.dtype") == "float16":
@@ -87,6 +97,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     preset_names_a_tokenizer,
     revision_is_of_the_hub,
     gguf_can_be_made,
+    sampling_is_for_answers,
     *check_adapter.RULES,
     *check_training.RULES,
     *check_data.RULES,

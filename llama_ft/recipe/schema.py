@@ -163,6 +163,15 @@ class Training(Section):
     """Several processes: stop where none gets on with a step for so many seconds; 0 waits for ever."""
 
 
+class ExportSampling(Section):
+    """How a served model draws its answers where a request does not say."""
+
+    temperature: Positive = 1.0
+    """Logits are divided by this before they become probabilities."""
+    top_p: Annotated[StrictInt, Field(ge=1, le=1)] | Annotated[Finite, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that hold this much probability."""
+
+
 class Export(Section):
     """What a finished run writes besides its adapter."""
 
@@ -174,6 +183,8 @@ class Export(Section):
     """GGUF quantisations to write."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Type of the merged weights; null is the base's training dtype."""
+    sampling: ExportSampling | None = None
+    """What generation_config.json and the Modelfile tell servers about sampling; null is greedy, as the proof asks."""
 
 
 class Recipe(Section):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_ft.errors import UserError
-
 ANSWER_TOKENS = 512
 """Longest answer where the request names none: as in `llama-ft chat`."""
 
@@ -23,19 +21,6 @@ class Limits:
     start: float = 900.0
     """upload: until a body is there. turn: until the engine is free. silence: between two tokens of the engine, the
     first one included. send: until a client takes what it is sent. start: until an engine is ready."""
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `1MB`, `512KiB` or `1000000`. UserError for anything else."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        size = 0
-    if size < 1:
-        raise UserError(f"'{text}' is no size", key="--max-body", hint="write 1MB, 512KB or 64KiB")
-    return size
 
 
 def show_size(size: int) -> str:

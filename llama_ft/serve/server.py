@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.serve.child import Child, free_port
-from llama_ft.serve.limits import ANSWER_TOKENS, Limits, parse_size, show_size
+from llama_ft.serve.limits import ANSWER_TOKENS, Limits, show_size
+from llama_ft.sizes import parse_size
 
 if TYPE_CHECKING:
     from llama_ft.serve.engines import Engine, Launch
@@ -47,7 +48,7 @@ def serve(
     absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(f"serving needs {', '.join(absent)}", hint="pip install 'llama-ft[serve]'")
-    limits = Limits(concurrent=max_concurrent, body=parse_size(max_body))
+    limits = Limits(concurrent=max_concurrent, body=parse_size(max_body, "--max-body"))
     check_key(host, api_key)
     with bound(host, port) as listener, tempfile.TemporaryDirectory(prefix="llama-ft-serve-") as stage:
         # Only now: the mistakes above should not wait for torch.

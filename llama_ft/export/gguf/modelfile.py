@@ -49,6 +49,9 @@ def write_modelfile(
     ends = [token for token in tokenizer.convert_ids_to_tokens(stop) if '"' not in token]
     lines += [f'PARAMETER stop "{token}"' for token in ends]
     lines.append(f"PARAMETER num_ctx {min(int(config['max_position_embeddings']), CONTEXT)}")
+    if (sampling := run.recipe.export.sampling) is not None:  # top_k: Ollama would take the best 40
+        lines += [f"PARAMETER temperature {sampling.temperature:g}", f"PARAMETER top_p {sampling.top_p:g}"]
+        lines.append("PARAMETER top_k 0")
     system = _system(run)
     if system is not None and shipped not in _WITHOUT_SYSTEM:
         lines.append(f"SYSTEM {_QUOTES}{system}{_QUOTES}")

@@ -24,14 +24,18 @@ PIP_LINE = "pip install 'llama-ft[gguf]'"
 _SHOWN = 400
 
 
-def check_quantiser(formats: Sequence[Format]) -> None:
-    """UserError, before anything is made, when a type is asked that needs llama-cpp-python and that is missing."""
+def check_quantiser(formats: Sequence[Format], *, key: str | None = None) -> None:
+    """UserError, before anything is made, when a type is asked that needs llama-cpp-python and that is missing.
+
+    key: of the recipe, where that asks.
+    """
     need = [kind.name for kind in formats if not kind.by_converter]
     if need and not quantiser_installed():
         without = [kind.name for kind in formats if kind.by_converter]
         instead = f"or ask only for {', '.join(without)}" if without else "or ask for q8_0 or f16, which need nothing"
         raise UserError(
             f"{', '.join(need)} cannot be made: llama-cpp-python is not installed",
+            key=key,
             hint=f"{PIP_LINE} (it compiles llama.cpp with the machine's C++ compiler, about 10 minutes), {instead}",
         )
 
