@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from llama_ft.export.card_objective import counted, limits, of_buckets, of_losse
 from llama_ft.export.licence import Licence, licence_of, terms_of
 from llama_ft.export.table import proof_rows
 from llama_ft.files import write_text
+from llama_ft.llama.base import hub_id
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Data, Recipe
 
@@ -28,7 +28,6 @@ MEASURED = {
     "eval_accuracy": "held-out accuracy",
 }
 """What of metrics.jsonl a card shows, and what it calls it."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def write_card(run: Run) -> Path:
@@ -55,10 +54,8 @@ def base_names(recipe: Recipe) -> tuple[str | None, Licence | None]:
     base = recipe.model.base
     if recipe.model.starts_new:
         return None, None
-    hub_id = _HUB_NAMES.get(base)
-    if hub_id is None and _HUB_ID.fullmatch(base) and not Path(base).exists():
-        hub_id = base
-    return hub_id, licence_of(hub_id)
+    name = _HUB_NAMES.get(base) or hub_id(base)
+    return name, licence_of(name)
 
 
 def _cards(recipe: Recipe) -> list[tuple[Data, Card | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +19,17 @@ from llama_ft.tokenizer.hub import hub_problem, quick_hub
 
 TOKENIZER_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONVERSION = "1"
 """Raised when an import writes something else, so that older caches are made again."""
+
+
+def hub_id(base: str) -> str | None:
+    """The hub id that `model.base` is; None where it names a folder, a file, a preset or the shipped model.
+
+    The shipped model has no id although the hub has one of its name: its weights went through 4 bits.
+    """
+    return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
 
 def locate_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_ft.errors import MachineFault
 from llama_ft.files import publish
+from llama_ft.llama.base import hub_id
 from llama_ft.recipe.run import Run
 
 
@@ -21,6 +23,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run)
     """
     aside = run.path / ".adapter.writing"
     shutil.rmtree(aside, ignore_errors=True)
+    _name_base(model, run)
     # A vocabulary that has grown is trained and saved as a module of its own; PEFT would add embedding and head again.
     model.save_pretrained(str(aside), safe_serialization=True, save_embedding_layers=False)
     tokenizer.save_pretrained(str(aside))
@@ -42,6 +45,15 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run)
     if not any(bool(tensor.any()) for name, tensor in written.items() if "lora_B" in name):
         raise MachineFault("the saved adapter is zero: training changed nothing", where=str(aside))
     publish(aside, run.adapter)
+
+
+def _name_base(model: PeftModel, run: Run) -> None:
+    """A base of the hub is named by its id there: whoever is given the adapter has no cache of this machine."""
+    stated = run.recipe.model
+    name = None if stated.starts_new else hub_id(stated.base)
+    if name is not None:
+        config: Any = model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = name, stated.revision
 
 
 def save_full(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, dtype: torch.dtype) -> None:

@@ -56,7 +56,7 @@ def test_two_hundred_chats(smollm2, tmp_path) -> None:
                 assert answer.choices[0].finish_reason in ("stop", "length")
             waits.append(time.monotonic() - start)
             if number % 5 == 0:
-                bad(client, name, number)
+                bad(client, serving, name, number)
             return said
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -69,7 +69,7 @@ def test_two_hundred_chats(smollm2, tmp_path) -> None:
         assert (status, told.splitlines()[-1]) == (0, "[stopped]")
     opened = open_source(str(run.path))
     generator = Generator(opened.model, opened.stop, opened.context)
-    for number in range(0, CHATS, 10):
+    for number in range(0, CHATS, 5):  # streamed ones and others; the tenths with a stop string are none of them
         question = f"{QUESTIONS[number % 24][0]} And what about {TOPICS[number % 10]}, number {number}?"
         ids = Dialogue(opened.renderer, opened.context).ask(question, TOKENS)
         tokens = list(generator.stream(ids, max_tokens=TOKENS, temperature=0, top_p=1))
@@ -84,16 +84,28 @@ def test_two_hundred_chats(smollm2, tmp_path) -> None:
     assert after < 1.05 * before
 
 
-def bad(client: Any, name: str, number: int) -> None:
+def bad(client: Any, serving: Serving, name: str, number: int) -> None:
     """What is wrong is told while the others are answered."""
-    wrong: list[dict[str, Any]] = [
-        {"model": "nobody", "messages": [{"role": "user", "content": "Hi"}]},
-        {"model": name, "messages": [{"role": "user", "content": "x" * 1_000_000}]},
-        {"model": name, "messages": []},
-        {"model": name, "messages": [{"role": "user", "content": "Hi"}], "n": 3},
-    ]
     import openai
 
+    hi: Any = [{"role": "user", "content": "Hi"}]
+    wrong: list[tuple[dict[str, Any], int]] = [
+        ({"model": "nobody", "messages": hi}, 404),
+        ({"model": name, "messages": [{"role": "user", "content": "x" * 1_000_000}]}, 413),
+        ({"model": name, "messages": []}, 400),
+        ({"model": name, "messages": hi, "n": 3}, 400),
+    ]
+    which = number // 5 % (len(wrong) + 2)
+    if which == len(wrong):
+        kind = {"content-type": "application/json"}
+        assert serving.client().post("/v1/chat/completions", content=b'{"model": ', headers=kind).status_code == 400
+        return
+    if which > len(wrong):
+        stranger = openai.OpenAI(base_url=f"{serving.url}/v1", api_key="not-the-key-of-this-one", max_retries=0)
+        with pytest.raises(openai.AuthenticationError):
+            stranger.chat.completions.create(model=name, messages=hi)
+        return
+    asked, status = wrong[which]
     with pytest.raises(openai.APIStatusError) as caught:
-        client.chat.completions.create(**wrong[number // 5 % 4])
-    assert caught.value.status_code == (404, 413, 400, 400)[number // 5 % 4]
+        client.chat.completions.create(**asked)
+    assert caught.value.status_code == status
