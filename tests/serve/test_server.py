@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,13 +303,11 @@ def test_a_signal_while_the_engine_starts(run) -> None:
 
 
 def test_an_engine_that_cannot_start(run, tmp_path) -> None:
-    """A config that its weights do not fit: the engine is the first to look at both."""
+    """A config that its weights do not fit. Of a folder we look at both; of a finished run the engine is the first."""
     folder = tmp_path / "odd"
-    folder.mkdir()
-    for file in run.merged.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    shutil.copytree(run.path, folder)
+    config = json.loads((folder / "merged" / "config.json").read_text())
+    (folder / "merged" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     result = subprocess.run([*CLI, str(folder), "--port", "0"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 1, result.stderr
     assert result.stdout == ""
