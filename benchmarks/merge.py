@@ -160,10 +160,11 @@ def compare(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             seconds = json.loads((folder / f"{name}.json").read_text())["seconds"]
             runs[name].append({"seconds": seconds, "rss": rss})
             print(f"round {number} {name}: {seconds:.1f} s, {rss:.2f} GiB", file=sys.stderr, flush=True)
+            shutil.rmtree(folder / "out-copy", ignore_errors=True)
         apart = largest_difference(folder / "out-ours", folder / "out-peft")
         if apart > ROUNDED or not changed(base, folder / "out-ours"):
             raise SystemExit(f"what was merged is not the same: {apart:.2e}")
-        for name in CONTENDERS:
+        for name in ("ours", "peft"):
             shutil.rmtree(folder / f"out-{name}")
     if not options.keep:
         shutil.rmtree(folder)
@@ -200,7 +201,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="a preset's name: llama-ft models",
     )
-    parser.add_argument("--folder", type=Path, required=True, help="where four times the model's bytes are free")
+    parser.add_argument("--folder", type=Path, required=True, help="where three times the model's bytes are free")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="leave base and adapter there")
     parser.add_argument("--no-write", action="store_true", help="print only")

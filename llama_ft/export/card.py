@@ -12,6 +12,7 @@ import yaml
 from llama_ft.data.cards import Card, Hub, load_card
 from llama_ft.errors import UserError
 from llama_ft.export.card_objective import counted, limits, of_buckets, of_losses, of_samples, settings, task, use
+from llama_ft.export.gguf.table import HEAD, format_rows
 from llama_ft.export.licence import Licence, licence_of, terms_of
 from llama_ft.export.table import proof_rows
 from llama_ft.files import write_text
@@ -40,6 +41,7 @@ def write_card(run: Run) -> Path:
         f"## Use\n\n{use(recipe)}",
         _results(run),
         _proof(run),
+        _formats(run),
         _data(run),
         _settings(run),
         _limits(recipe),
@@ -157,6 +159,16 @@ def _proof(run: Run) -> str:
         said = f"**The merged model was refused and is not part of this run** ({faults}). Measured:"
     rows = [(_cell(what), found, allowed) for what, found, allowed in proof_rows(proof)]
     return "\n\n".join(["## Proof of the export", said, _table(("", "measured", "allowed"), rows)])
+
+
+def _formats(run: Run) -> str:
+    """Files in other formats than merged/, those that were refused too."""
+    proofs = (_json(run.proof_file) or {}).get("formats")
+    if not proofs:
+        return ""
+    rows = [tuple(map(_cell, row)) for row in format_rows(proofs)]
+    said = "Made of `merged/`, and compared with it; limits stand in brackets."
+    return "\n\n".join(["## Other formats", said, _table((*map(_cell, HEAD[:-1]), "proof"), rows)])
 
 
 def _data(run: Run) -> str:

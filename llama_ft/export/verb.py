@@ -28,6 +28,10 @@ def export(
     gguf: Annotated[
         list[str] | None, typer.Option(help="Also f16, q8_0, q6_k, q5_k_m, q4_k_m; repeat for several.")
     ] = None,
+    compressed: Annotated[
+        list[str] | None,
+        typer.Option(help="Also fp8, w8a8, awq, gptq for vLLM, by llm-compressor; repeat for several."),
+    ] = None,
     nf4: Annotated[bool, typer.Option("--nf4", help="Also a 4-bit checkpoint for transformers.")] = False,
     out: Annotated[Path | None, typer.Option(help="Of several runs: the new run's folder.")] = None,
     how: Annotated[
@@ -43,6 +47,7 @@ def export(
     with user_facing(debug=debug):
         with for_good():
             from llama_ft.export.combine import combine_runs, parse_parts
+            from llama_ft.export.compressed.types import check_types as check_compressed_types
             from llama_ft.export.gguf.formats import check_types
             from llama_ft.export.gguf.tools import check_quantiser
             from llama_ft.export.run import export_run
@@ -54,6 +59,7 @@ def export(
         _check(len(parts), dtype, shard_bytes, out, density, how)
         types = list(gguf or [])
         check_quantiser(check_types(types))
+        kinds = check_compressed_types(compressed or [])
         if push is not None:
             from llama_ft.export.push import check_place, push_run
 
@@ -67,11 +73,17 @@ def export(
             from llama_ft.export.nf4 import check_nf4
 
             check_nf4(run)
+        if kinds:
+            from llama_ft.export.compressed.write import check_compressed, write_compressed
+
+            check_compressed(run, kinds)
         export_run(run, dtype=dtype, shard_bytes=shard_bytes, low_memory=low_memory)
         if types := [*dict.fromkeys([*run.recipe.export.gguf, *types])]:
             from llama_ft.export.gguf.write import write_ggufs
 
             write_ggufs(run, types)
+        if kinds:
+            write_compressed(run, [kind.name for kind in kinds], low_memory=low_memory)
         if nf4:
             from llama_ft.export.nf4 import write_nf4
 

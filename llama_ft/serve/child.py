@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llama_ft.errors import MachineFault
+from llama_ft.serve import tether
 
 _TAIL = 64 * 1024
 _SHOWN = 15
-_GRACE = 10.0
 
 
 def free_port() -> int:
@@ -39,10 +39,11 @@ class Child:
     ) -> Child:
         """Starts `line` in `folder`, in a session of its own: Ctrl-C on the terminal is ours to pass on.
 
-        The child dies with this process, however that ends (on Linux).
+        The child dies with this process, however that ends (on Linux). `environment` is all it gets of ours: what ties
+        it is a file that needs none of it.
         """
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llama_ft.serve.tether", str(os.getpid()), *line),
+            *(sys.executable, "-I", tether.__file__, str(os.getpid()), *line),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -82,16 +83,15 @@ class Child:
         """Asks it to end, then ends it, and what it started with it."""
         self._signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.process.wait(), _GRACE)
-        self._signal(signal.SIGKILL, whole_group=True)
+            await asyncio.wait_for(self.process.wait(), tether.GRACE)
+        self._signal(signal.SIGKILL)
         await self.process.wait()
+        # Its session is its process group, whose id is its own; others in it outlive it at times (vLLM's workers).
+        await asyncio.to_thread(tether.end_group, self.process.pid)
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
 
-    def _signal(self, number: int, *, whole_group: bool = False) -> None:
-        """Its session is its process group, whose id is its own; others in it outlive it at times (vLLM's workers)."""
+    def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            if whole_group:
-                os.killpg(self.process.pid, number)
-            elif self.alive:
+            if self.alive:
                 self.process.send_signal(number)

@@ -13,6 +13,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,21 +26,22 @@ from llama_ft.serve.served import Served, staged
 
 HOST = "127.0.0.1"
 KEY_VARIABLE = "LLAMA_FT_API_KEY"
+_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+"""Variables that tell a Python where its environment is: the last is macOS's."""
 
 
 @dataclass(frozen=True)
 class Engine:
     """One engine. `write`: a request in its words; `view`: the messages as its template is given them.
 
-    needs: modules that must be there. ready: a path that answers 200 once it is up. at_once: answers that one child
+    absent: what must be installed and is not, as a problem to show, or None. ready: a path that answers 200 once it is up. at_once: answers that one child
     works on at a time, None for as many as come. passes: fields of a request that it takes as they are. settles:
     whether an abandoned answer runs on for a token, which then draws from the random numbers of the next.
     """
 
     name: str
     title: str
-    needs: tuple[str, ...]
-    extra: str
+    absent: Callable[[], Problem | None]
     ready: str
     write: Callable[[Ask, Reader, str, int], Body]
     view: Callable[[Messages], Messages] = lambda messages: messages
@@ -47,15 +49,13 @@ class Engine:
     passes: frozenset[str] = frozenset()
     settles: bool = False
 
-    @property
-    def installed(self) -> bool:
-        """Whether what it needs can be imported."""
-        return all(importlib.util.find_spec(module) is not None for module in self.needs)
-
 
 @dataclass(frozen=True)
 class Launch:
-    """One child to start: its command line, and under which ids it knows which public names. `note`: for the user."""
+    """One child to start: its command line, and under which ids it knows which public names. `note`: for the user.
+
+    apart: whether it lives in a Python environment of its own, where what points into ours would break it.
+    """
 
     line: list[str]
     port: int
@@ -64,16 +64,26 @@ class Launch:
     note: str
     key: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
 
 
 def child_environment(launch: Launch) -> dict[str, str]:
     """The environment of a child: never the key of the gateway, and no asking of a hub for what lies on this disk."""
-    kept = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+    left_out = {KEY_VARIABLE, *(_OURS if launch.apart else ())}
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     paths = kept.get("PYTHONPATH")
     if paths:  # it is started in another folder
         kept["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths.split(os.pathsep) if path)
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
     return {**kept, **quiet, **launch.environment}
+
+
+def lacks(title: str, extra: str, *modules: str) -> Problem | None:
+    """An engine of our own environment: the problem where modules that it needs cannot be imported."""
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not absent:
+        return None
+    return Problem(f"{title} is not installed ({', '.join(absent)} missing)", hint=f"pip install 'llama-ft[{extra}]'")
 
 
 def sampling(ask: Ask, reader: Reader) -> tuple[float, float]:
@@ -146,19 +156,29 @@ def openai_messages(messages: Messages) -> Messages:
 
 def launch_transformers(models: Sequence[Served], stage: Path, ports: Callable[[], int]) -> list[Launch]:
     """One child for each model. It is opened through a link in `stage`, so that no path of the machine is told."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_type()
     launches = []
     for number, served in enumerate(models):
         folder = whole(served, "transformers serve")
         name, port = f"m{number}", ports()
         place = staged(served, stage / name)
-        dtype = choose_compute_dtype(DTYPES.get(served.dtype, torch.float32), device)
-        shown = str(dtype).removeprefix("torch.")
+        shown = compute_type(served.dtype, device)
         line = [sys.executable, "-m", "transformers.cli.transformers", "serve", name, "--host", HOST]
-        line += ["--port", str(port), "--device", "auto" if device.type == "cuda" else "cpu", "--dtype", shown]
+        line += ["--port", str(port), "--device", "auto" if device == "cuda" else "cpu", "--dtype", shown]
         reader = Reader(place, folder, _seen_by_transformers)
-        launches.append(Launch(line, port, {served.name: name}, {served.name: reader}, f"{shown} on {device.type}"))
+        launches.append(Launch(line, port, {served.name: name}, {served.name: reader}, f"{shown} on {device}"))
     return launches
+
+
+def device_type() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_type(stored: str, device: str) -> str:
+    """The name of the type to compute in, for weights stored in `stored`."""
+    dtype = choose_compute_dtype(DTYPES.get(stored, torch.float32), torch.device(device))
+    return str(dtype).removeprefix("torch.")
 
 
 def whole(served: Served, engine: str) -> Path:
@@ -217,12 +237,14 @@ def _words_of(file: Path) -> Path:
 
 
 TRANSFORMERS = Engine(
-    "transformers", "transformers serve", ("fastapi", "uvicorn", "openai"), "serve", "/health",
-    _for_transformers, _seen_by_transformers, settles=True,
+    "transformers", "transformers serve",
+    partial(lacks, "transformers serve", "serve", "fastapi", "uvicorn", "openai"),
+    "/health", _for_transformers, _seen_by_transformers, settles=True,
 )  # fmt: skip
+_LLAMA_CPP_NEEDS = ("llama_cpp", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")
 LLAMA_CPP = Engine(
-    "llama-cpp", "llama.cpp", ("llama_cpp", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings"),
-    "gguf", "/v1/models", _for_llama_cpp, passes=frozenset({"frequency_penalty", "presence_penalty", "logit_bias"}),
+    "llama-cpp", "llama.cpp", partial(lacks, "llama.cpp", "gguf", *_LLAMA_CPP_NEEDS),
+    "/v1/models", _for_llama_cpp, passes=frozenset({"frequency_penalty", "presence_penalty", "logit_bias"}),
 )  # fmt: skip
 
 
@@ -235,24 +257,17 @@ def choose(name: str, engines: Mapping[str, Engine], models: Sequence[Served]) -
         if name not in engines:
             hint = did_you_mean(name, ["auto", *engines], kind="engines")
             raise UserError(f"there is no engine '{name}'", key="--engine", hint=hint)
-        if not engines[name].installed:
-            raise UserError([_missing(engines[name])])
-        return engines[name]
-    only_gguf = all(served.folder is None and served.gguf is not None for served in models)
-    order = ["llama-cpp"] if only_gguf else ["transformers", "llama-cpp"]
-    if torch.cuda.is_available() and not only_gguf:
-        order.insert(0, "vllm")
+        order = [name]
+    elif all(served.folder is None and served.gguf is not None for served in models):
+        order = ["llama-cpp"]
+    else:
+        order = ["transformers", "llama-cpp"]
+        if torch.cuda.is_available() and engines["vllm"].absent() is None:
+            order.insert(0, "vllm")
+    absent: list[Problem] = []
     for candidate in order:
-        if engines[candidate].installed:
+        problem = engines[candidate].absent()
+        if problem is None:
             return engines[candidate]
-    raise UserError([_missing(engines[candidate]) for candidate in order])
-
-
-def _missing(engine: Engine) -> Problem:
-    absent = [module for module in engine.needs if importlib.util.find_spec(module) is None]
-    how = (
-        "pip install vllm, on a machine with a GPU"
-        if engine.extra == "vllm"
-        else f"pip install 'llama-ft[{engine.extra}]'"
-    )
-    return Problem(f"{engine.title} is not installed ({', '.join(absent)} missing)", hint=how)
+        absent.append(problem)
+    raise UserError(absent)

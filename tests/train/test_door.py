@@ -42,7 +42,7 @@ def test_a_users_mistake_is_one_block(overrides, tmp_path, door):
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_run_goes_on_exactly(overrides, tmp_path, number):
     """A signal in the middle of training: checkpoint, words on how to go on, and the same losses afterwards."""
     settings = [*overrides, "training.max_steps=16", "training.save_every=100", "export.merged=false"]

@@ -27,8 +27,8 @@ ENGINES = {
     "cpu_zero3_2": "ZeRO-3",
 }
 METHODS = ["lora", "full"]
-LONGER = {("cpu_ddp_2", "full"), ("cpu_zero1_2", "full")}
-"""A minute each; their halves are in CI: full tuning under the other engines, LoRA under these."""
+LONGER = {("cpu_ddp_2", "full"), ("cpu_zero1_2", "full"), ("cpu_fsdp2_2", "full"), ("cpu_zero2_2", "lora")}
+"""A minute each; in CI every engine has its other half, and FSDP2 goes on with a full run of ZeRO-3."""
 EVERY = [
     pytest.param(config, method, marks=pytest.mark.slow if (config, method) in LONGER else ())
     for config in ENGINES

@@ -29,10 +29,10 @@ def test_losses_equal_a_float32_trl_reference(small_base, real_data, tmp_path):
     """Real Alpaca rows through `accelerate launch`, beside TRL's own trainer and HF's LLaMA on the same ids."""
     overrides = [
         f"model.base={small_base}",
-        "data=[{use: alpaca, path: %s, limit: 64}]" % (real_data / ALPACA),
+        "data=[{use: alpaca, path: %s, limit: 32}]" % (real_data / ALPACA),
         "template=alpaca",
         "eval_data=null",
-        "training.global_batch=16",
+        "training.global_batch=8",
         "training.max_steps=6",
         "training.learning_rate=1e-3",
         "export.merged=false",
@@ -54,7 +54,7 @@ def test_losses_equal_a_float32_trl_reference(small_base, real_data, tmp_path):
             "variant": "trl-fp32",
             "steps": 6,
             "micro_batch": 8,
-            "accumulation": 2,
+            "accumulation": 1,
             "learning_rate": 1e-3,
             "warmup": recipe.training.warmup,
             "seed": recipe.training.seed,

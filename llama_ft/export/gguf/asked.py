@@ -55,11 +55,14 @@ class Asked:
         seen = observe(model.to(pick_device(model)), documents, [prompt.ids for prompt in prompts])
         return cls(merged, tokenizer, documents, prompts, seen, rendered)
 
-    def compare(self, seen: Seen) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The measurements over all documents, and of each prompt whether the answer is the merged model's."""
+    def compare(self, seen: Seen, *, side: str = "gguf") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The measurements over all documents, and of each prompt whether the answer is the merged model's.
+
+        side: what the other answer is called.
+        """
         greedy = []
         for prompt, left, right in zip(self.prompts, self.seen.answers, seen.answers, strict=True):
-            answers = {"merged": self.tokenizer.decode(left.ids), "gguf": self.tokenizer.decode(right.ids)}
+            answers = {"merged": self.tokenizer.decode(left.ids), side: self.tokenizer.decode(right.ids)}
             greedy.append({"prompt": self.tokenizer.decode(prompt.ids), **answers, **compare_answers(left, right)})
         return compare(self.seen, seen, self.documents), greedy
 

@@ -1,4 +1,4 @@
-"""The proof of the files on the terminal and in a model card: a row each."""
+"""The proof of other formats than merged/ on the terminal and in a model card: a row each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from llama_ft.export.table import from_here
 from llama_ft.recipe.run import Run
 
-HEAD = ("format", "MB", "max |Δ logit|", "mean KL (nats)", "top-1", "greedy", "nll", "llama.cpp", "")
+HEAD = ("format", "MB", "max |Δ logit|", "mean KL (nats)", "top-1", "greedy", "nll", "as it runs", "")
 
 
 def format_rows(proofs: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -24,7 +24,6 @@ def _row(name: str, proof: dict[str, Any]) -> tuple[str, ...]:
     if "measured" not in proof:  # it could not even be opened
         return (name, size, *("" for _ in HEAD[3:]), said)
     measured, limits, greedy = proof["measured"], proof["tolerance"], proof["greedy"]
-    own = proof["llama_cpp"]
     return (
         name,
         size,
@@ -35,16 +34,37 @@ def _row(name: str, proof: dict[str, Any]) -> tuple[str, ...]:
         f"{_number(measured['nll_trained'])} → {_number(measured['nll_merged'])}"
         if measured["labelled_tokens"]
         else "",
-        "not installed" if own is None else f"KL {_number(own['measured']['mean_kl'])}" if "measured" in own else "",
+        _own(proof),
         said,
     )
 
 
-def print_formats(proofs: dict[str, dict[str, Any]], run: Run, console: Console | None = None) -> None:
-    """A table on a terminal, aligned plain lines elsewhere; then what to type next."""
+def _own(proof: dict[str, Any]) -> str:
+    """What the program that the file is for makes of it, where that was asked."""
+    if "llama_cpp" in proof:
+        own, name, missing = proof["llama_cpp"], "llama.cpp", "llama.cpp is not installed"
+    else:
+        own, name, missing = proof.get("runtime"), "transformers", ""
+    if own is None:
+        return missing
+    return f"{name}: KL {_number(own['measured']['mean_kl'])}" if "measured" in own else f"{name}: not opened"
+
+
+def print_formats(
+    proofs: dict[str, dict[str, Any]],
+    run: Run,
+    console: Console | None = None,
+    *,
+    what: str = "GGUF files",
+    folder: str = "gguf",
+) -> None:
+    """A table on a terminal, aligned plain lines elsewhere; then where they are.
+
+    what: they are called. folder: of the run, that they lie in.
+    """
     console = console or Console()
     ok = all(proof["ok"] for proof in proofs.values())
-    title = f"{'proof passed' if ok else 'proof FAILED'}: GGUF files against merged"
+    title = f"{'proof passed' if ok else 'proof FAILED'}: {what} against merged"
     rows = format_rows(proofs)
     if console.is_terminal:
         table = Table(title=title, title_style="bold green" if ok else "bold red", title_justify="left")
@@ -60,7 +80,7 @@ def print_formats(proofs: dict[str, dict[str, Any]], run: Run, console: Console 
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             print(f"  {'  '.join(cells)}".rstrip(), flush=True)
     if ok:
-        console.print(f"files: {from_here(run.path / 'gguf')}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"files: {from_here(run.path / folder)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _bounded(value: float | None, limit: float | None) -> str:
