@@ -26,6 +26,7 @@ from llama_ft.errors import Problem, UserError
 from llama_ft.export.gguf.asked import Asked
 from llama_ft.export.gguf.weights import distance
 from llama_ft.export.job import finite
+from llama_ft.export.kept import Kept
 from llama_ft.export.proof import observe, pick_device
 from llama_ft.export.tolerance import Tolerance, judge
 from llama_ft.files import publish, write_json
@@ -89,7 +90,10 @@ def write_nf4(run: Run, *, prepared: Prepared | None = None) -> dict[str, Any]:
     write_json(run.proof_file, whole | {"formats": {FOLDER: proof, **_without(whole.get("formats", {}))}})
     if not proof["ok"]:
         shutil.rmtree(run.path / FOLDER, ignore_errors=True)
-        raise Nf4Refused([Problem(f"nf4: {fault}", str(run.proof_file)) for fault in proof["faults"]])
+        hint = None
+        if run.recipe.adapter.method == "qlora":
+            hint = "a QLoRA is served in 4 bits as it was trained: the base in NF4 and adapter/ beside it"
+        raise Nf4Refused([Problem(f"nf4: {fault}", str(run.proof_file), hint=hint) for fault in proof["faults"]])
     return proof
 
 
@@ -115,7 +119,8 @@ def _prove(run: Run, staged: Path, before: str, asked: Asked) -> dict[str, Any]:
         model: Any = LlamaForCausalLM.from_pretrained(staged, local_files_only=True)
     faults = [] if digest(model) == before else ["read back, its 4-bit weights are others than were written"]
     without_quantisation(model)
-    faults += _weight_faults(model, run.merged)
+    kept = Kept.of(run.merged)
+    faults += _weight_faults(model, run.merged, kept)
     nn.Module.float(model)  # transformers' own refuses for a model that was quantised
     model.generation_config = GenerationConfig.from_pretrained(staged)
     seen = observe(model.to(pick_device(model)), asked.documents, [prompt.ids for prompt in asked.prompts])
@@ -128,22 +133,26 @@ def _prove(run: Run, staged: Path, before: str, asked: Asked) -> dict[str, Any]:
         "computed_in": "float32, weights as its 4 bits stand for",
         "tolerance": asdict(TOLERANCE),
         "measured": {key: finite(value) for key, value in measured.items()},
+        "learnt_kept": finite(kept.share) if kept is not None else None,
         "greedy": greedy,
         "opened_with": f"transformers {transformers.__version__} LlamaForCausalLM, bitsandbytes",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _weight_faults(model: nn.Module, merged: Path) -> list[str]:
-    """Which projection is farther from merged/ than its 4 bits take it."""
+def _weight_faults(model: nn.Module, merged: Path, kept: Kept | None) -> list[str]:
+    """Which projection is farther from merged/ than its 4 bits take it, and whether what was learnt is still there."""
     stored, faults = stored_tensors(merged), []
     for name, weight in model.named_parameters():
         if is_projection(name):
             with safe_open(stored[name].file, framework="pt") as source:
-                error, _ = distance(source.get_tensor(name), weight)
+                right = source.get_tensor(name)
+            error, _ = distance(right, weight)
+            if kept is not None:
+                kept.add(name, right, weight)
             if not error <= ERROR:
                 faults.append(f"{name}: ‖Ŵ − W‖ / ‖W‖ is {error:.3g}, allowed {ERROR:g}")
-    return faults
+    return faults + (kept.faults() if kept is not None else [])
 
 
 def _read(run: Run) -> dict[str, Any]:

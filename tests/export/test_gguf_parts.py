@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType, quants
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -40,6 +41,24 @@ def test_distance_of_weights():
     assert distance(torch.zeros(3), torch.zeros(3)) == (0.0, 1.0)
     assert distance(torch.zeros(3), torch.ones(3))[0] == float("inf")
     assert distance(right, right * float("nan"))[0] != distance(right, right)[0]
+
+
+@pytest.mark.parametrize(("kind", "inside"), [("q8_0", "Q8_0"), ("q5_k_m", "Q5_0"), ("q4_k_m", "Q5_0")])
+def test_weights_out_of_nf4_are_within_their_limits(kind, inside):
+    """They take sixteen values, which are rounded alike: the scale moves ten times as far as that of other weights."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    plain = 0.05 * torch.randn(512, 576)
+    four, state = functional.quantize_4bit(plain, blocksize=64, compress_statistics=True, quant_type="nf4")
+    limits = FORMATS[kind]
+    moved = {}
+    for name, weight in (("plain", plain), ("nf4", functional.dequantize_4bit(four, state).float())):
+        written = GGMLQuantizationType[inside]
+        found = torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), written), written))
+        error, scale = distance(weight, found)
+        assert error < limits.error
+        moved[name] = abs(scale - 1)
+    assert 10 * moved["plain"] < moved["nf4"] < limits.scale < 2 * moved["nf4"]
 
 
 @pytest.mark.parametrize("key", ["largest_error", "largest_scale_error"])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_ft.errors import UserError
@@ -56,6 +57,47 @@ def test_a_damaged_weight_is_refused(exported, monkeypatch):
         nf4.write_nf4(exported)
     assert not (exported.path / "nf4").exists() and formats(exported)["nf4"]["ok"] is False
     assert (exported.merged / "config.json").exists()
+
+
+def on_nf4(weight: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    four, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return functional.dequantize_4bit(four, state).float()
+
+
+@pytest.fixture(scope="module")
+def small_change(tmp_path_factory):
+    """run(onto): exported; its base's projections went through `onto`, and what was learnt is small beside them."""
+
+    def make(onto):
+        base = make_base(tmp_path_factory.mktemp("base"), intermediate_size=128)
+        weights = load_file(base / "model.safetensors")
+        weights = {name: onto(tensor) if "proj" in name else tensor for name, tensor in weights.items()}
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        run, _, _ = make_run(tmp_path_factory.mktemp("run"), base)
+        file = run.adapter / "adapter_model.safetensors"
+        factors = {name: t * 0.02 if "lora_B" in name else t for name, t in load_file(file).items()}
+        save_file(factors, file, metadata={"format": "pt"})
+        export_run(run)
+        return run
+
+    return make
+
+
+def test_what_was_learnt_survives_rounding(small_change):
+    """A tenth of a step of 4 bits, on weights that lie anywhere: some cross over to the next value."""
+    proof = nf4.write_nf4(small_change(lambda weight: weight))
+    assert proof["ok"] and 0.5 < proof["learnt_kept"] < 1.5
+
+
+def test_a_copy_that_is_the_base_again_is_refused(small_change):
+    """All of them lie on NF4's values, as in a QLoRA: none crosses, and answers alone would not show it."""
+    run = small_change(on_nf4)
+    with pytest.raises(nf4.Nf4Refused, match="of what training added") as caught:
+        nf4.write_nf4(run)
+    assert len(caught.value.problems) == 1, "everything else is within its limits"
+    assert formats(run)["nf4"]["learnt_kept"] < 0.1
 
 
 def test_other_bits_than_were_written_are_refused(exported, monkeypatch):

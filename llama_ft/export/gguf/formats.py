@@ -47,10 +47,10 @@ FORMATS = {
         Format("f32", 32, _EXACT, error=1e-7, scale=1e-7, runtime=_limits(1e-4, 0.99), by_converter=True),
         Format("bf16", 16, _limits(1e-3, 0.99), error=3e-3, scale=1e-4, runtime=_limits(2e-3, 0.98), by_converter=True),
         Format("f16", 16, _limits(1e-4, 0.99), error=4e-4, scale=1e-5, runtime=_limits(1e-3, 0.98), by_converter=True),
-        Format("q8_0", 8.5, _limits(5e-3, 0.9), error=0.015, scale=1e-3, runtime=_limits(0.02, 0.9), by_converter=True),
-        Format("q6_k", 6.5625, _limits(0.02, 0.85), error=0.035, scale=1e-3, runtime=_limits(0.04, 0.85)),
-        Format("q5_k_m", 5.69, _limits(0.1, 0.8), error=0.075, scale=4e-3, runtime=_limits(0.12, 0.75)),
-        Format("q4_k_m", 4.85, _limits(0.2, 0.7), error=0.13, scale=8e-3, runtime=_limits(0.25, 0.7)),
+        Format("q8_0", 8.5, _limits(5e-3, 0.9), error=0.015, scale=2e-3, runtime=_limits(0.02, 0.9), by_converter=True),
+        Format("q6_k", 6.5625, _limits(0.02, 0.85), error=0.035, scale=2e-3, runtime=_limits(0.04, 0.85)),
+        Format("q5_k_m", 5.69, _limits(0.1, 0.8), error=0.075, scale=0.01, runtime=_limits(0.12, 0.75)),
+        Format("q4_k_m", 4.85, _limits(0.2, 0.7), error=0.13, scale=0.01, runtime=_limits(0.25, 0.7)),
     )
 }
 """By name, the most exact first. What SmolLM2-135M measures is in docs/gguf.md, with the reasons for the limits."""
