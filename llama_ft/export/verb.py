@@ -30,7 +30,7 @@ def export(
     ] = None,
     compressed: Annotated[
         list[str] | None,
-        typer.Option(help="Also fp8, w8a8, awq, gptq for vLLM, by llm-compressor; repeat for several."),
+        typer.Option(help="Also w8a8, fp8, awq, gptq for vLLM, by llm-compressor; repeat for several."),
     ] = None,
     nf4: Annotated[bool, typer.Option("--nf4", help="Also a 4-bit checkpoint for transformers.")] = False,
     out: Annotated[Path | None, typer.Option(help="Of several runs: the new run's folder.")] = None,

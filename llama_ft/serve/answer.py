@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 
-from llama_ft.serve.events import Piece, pieces
+from llama_ft.serve.events import REFUSED, Piece, pieces
 from llama_ft.serve.fields import Ask
 from llama_ft.serve.refusal import EngineFault, Refusal
 from llama_ft.serve.shapes import Shape, count, event
@@ -74,9 +74,16 @@ class Answer:
             await out.write(last, last=True)
         except Refusal as refusal:
             self._leave()
-            await out.refuse(refusal)
+            await out.refuse(self._blamed(refusal))
         except TimeoutError:  # the client takes nothing: its connection is dropped
             return
+
+    def _blamed(self, refusal: Refusal) -> Refusal:
+        """An engine that finds a request wrong means the fields it was passed as they came: the rest is our writing."""
+        fields = ", ".join(self.ask.passed)
+        if not fields or not isinstance(refusal, EngineFault) or refusal.refused is None:
+            return refusal
+        return Refusal(400, f"the engine does not take {fields}: {refusal.refused}", param=fields, code="invalid_value")
 
     @asynccontextmanager
     async def _asked(self) -> AsyncIterator[AsyncIterator[Piece]]:
@@ -88,7 +95,9 @@ class Answer:
                 "POST", self.model.url + path, json=body, headers=self.model.headers
             ) as r:
                 if r.status_code != 200:
-                    raise EngineFault(f"the engine answered {r.status_code}: {_detail(await r.aread())}")
+                    said = _detail(await r.aread())
+                    refused = said if r.status_code in REFUSED else None
+                    raise EngineFault(f"the engine answered {r.status_code}: {said}", refused=refused)
                 yield pieces(r.aiter_bytes())
         except httpx2.ReadTimeout as error:
             silence = self.gateway.limits.silence

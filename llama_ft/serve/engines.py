@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,9 +35,10 @@ _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 class Engine:
     """One engine. `write`: a request in its words; `view`: the messages as its template is given them.
 
-    absent: what must be installed and is not, as a problem to show, or None. ready: a path that answers 200 once it is up. at_once: answers that one child
-    works on at a time, None for as many as come. passes: fields of a request that it takes as they are. settles:
-    whether an abandoned answer runs on for a token, which then draws from the random numbers of the next.
+    absent: what must be installed and is not, as a problem to show, or None. ready: a path that answers 200 once it is
+    up. at_once: answers that one child works on at a time, None for as many as come. passes: fields of a request that
+    it takes as they are. settles: whether an abandoned answer runs on for a token, which then draws from the random
+    numbers of the next. fit: takes over from its list of models what it has memory for.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Engine:
     at_once: int | None = 1
     passes: frozenset[str] = frozenset()
     settles: bool = False
+    fit: Callable[[Launch, Sequence[Mapping[str, Any]]], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from llama_ft.serve.refusal import EngineFault
 
 DONE = "[DONE]"
 MAX_EVENT = 4 * 1024 * 1024
+REFUSED = (400, 422)
+"""How an engine says that a request is wrong: as its answer's status, or as the code of an event."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def _piece(data: str) -> Piece:
         raise EngineFault(f"the engine failed: {data[:300]}") from error
     if not isinstance(event, dict) or event.get("error"):
         said = event.get("error") if isinstance(event, dict) else event
-        raise EngineFault(f"the engine failed: {said.get('message') if isinstance(said, dict) else said}"[:400])
+        message, code = (said.get("message"), said.get("code")) if isinstance(said, dict) else (said, None)
+        refused = str(message)[:400] if code in REFUSED else None
+        raise EngineFault(f"the engine failed: {message}"[:400], refused=refused)
     usage = event.get("usage") or {}
     choice = (event.get("choices") or [{}])[0]
     text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""

@@ -26,7 +26,11 @@ class Refusal(Exception):
 
 
 class EngineFault(Refusal):
-    """The engine failed, or fell silent: the client could not have asked better."""
+    """The engine failed, or fell silent: the client could not have asked better, unless the engine says so.
 
-    def __init__(self, message: str, status: int = 502):
+    `refused`: what it says of a request that it finds wrong, else None.
+    """
+
+    def __init__(self, message: str, status: int = 502, refused: str | None = None):
         super().__init__(status, message, code="engine_timeout" if status == 504 else "engine_error")
+        self.refused = refused

@@ -179,6 +179,8 @@ class Server:
                     if (await client.get(url + self.engine.ready)).status_code == 200:
                         break
                 await asyncio.sleep(_POLL)
+            if self.engine.fit is not None:
+                self.engine.fit(launch, (await client.get(f"{url}/v1/models")).json()["data"])
             for name, model in launch.ids.items():
                 reader = launch.readers[name]
                 if reader.renderer is None:

@@ -1,0 +1,1 @@
+"""Compressed checkpoints of a run for vLLM: made by llm-compressor in an environment of its own, read back, proven."""
