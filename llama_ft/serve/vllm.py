@@ -167,8 +167,8 @@ def launch_vllm(models: Sequence[Served], stage: Path, ports: Callable[[], int])
     stored = {run.recipe.model.dtype for run in runs.values()}
     dtype = compute_type(stored.pop() if len(stored) == 1 else "float32", device)
     rank = max(run.recipe.adapter.r for run in tuned.values())
-    # Without a GPU it takes its last place's adapter (index −1) for a row that asks the base beside rows that ask an
-    # adapter (0.32.0 and 0.33.0, vllm/lora/ops/torch_ops/lora_ops.py). One place more stays empty: zeros.
+    # Until 0.33 it answers on a CPU with its last place's adapter (index −1) where the base is asked beside an adapter
+    # (vllm-project/vllm#48421). One place more stays empty: zeros.
     places = len(tuned) + (device == "cpu")
     more = ["--tokenizer", str(_words(tuned[first], stage)), "--enable-lora", "--max-loras", str(places)]
     more += ["--max-lora-rank", str(next(one for one in RANKS if one >= rank)), "--lora-modules"]
