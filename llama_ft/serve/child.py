@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,6 +17,9 @@ from llama_ft.serve import tether
 
 _TAIL = 64 * 1024
 _SHOWN = 15
+_CAUSES, _WIDE = 3, 400
+_RAISED = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .+)")
+"""The last line of a traceback; a log's own words may stand before it."""
 
 
 def free_port() -> int:
@@ -66,9 +70,11 @@ class Child:
         return self.process.returncode is None
 
     def said(self) -> str:
-        """The last lines that it wrote."""
+        """The last lines that it wrote, and before them what was raised earlier: a cause, where others fell after it."""
         lines = [line.rstrip() for line in self._tail.decode("utf-8", "replace").splitlines() if line.strip()]
-        return "\n".join(f"    {line}" for line in lines[-_SHOWN:])
+        earlier, last = lines[:-_SHOWN], lines[-_SHOWN:]
+        raised = list(dict.fromkeys(found[1][:_WIDE] for line in earlier if (found := _RAISED.search(line))))
+        return "\n".join(f"    {line}" for line in [*raised[-_CAUSES:], *last])
 
     async def ended(self) -> MachineFault:
         """Waits for its end, which nobody asked for, and says what is known of it."""

@@ -193,6 +193,8 @@ class Server:
                     await asyncio.sleep(_LAST_WORDS)  # if it died, that is the better thing to tell
                     raise MachineFault(f"{name} does not answer a first question: {type(error).__name__}") from error
                 if reply.status_code != 200:
+                    if reply.status_code >= 500:
+                        await asyncio.sleep(_LAST_WORDS)  # as above
                     raise MachineFault(f"{name} does not answer: {self.engine.title} says {reply.text[:300]}")
                 read, wanted = reply.json()["usage"]["prompt_tokens"], len(reader.chat(messages, None))
                 if read != wanted:

@@ -88,9 +88,11 @@ def test_f16_and_q8_0_of_a_tiny_run(run, tiny_base, capsys):
     files = {name: run.path / proof["file"] for name, proof in found.items()}
     assert {file.name for file in files.values()} == {"tiny-f16.gguf", "tiny-q8_0.gguf"}
     template = (run.merged / "chat_template.jinja").read_text()
+    assert "{{- bos_token -}}" in template
     for file in files.values():
         said = fields(file)
-        assert said["tokenizer.chat_template"] == template
+        # Training wrote no BOS; llama.cpp would give the template one.
+        assert said["tokenizer.chat_template"] == "{%- set bos_token = '' -%}" + template
         assert said["tokenizer.ggml.eos_token_id"] == 2
         assert said["tokenizer.ggml.padding_token_id"] == 0
         assert said["tokenizer.ggml.add_bos_token"] is False

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_ft.export.gguf import write as write_module
+from llama_ft.export.gguf.entries import NO_BOS
 from llama_ft.export.gguf.formats import FORMATS
 from llama_ft.export.gguf.write import FormatRefused, write_ggufs
 from llama_ft.export.run import export_run
@@ -40,7 +41,7 @@ def test_every_type_of_smollm2(smollm2, tmp_path):
         assert own["faults"] == [], name
         assert own["prompts_equal"] == own["prompts_tokenised"] == 3
         said = fields(run.path / proof["file"])
-        assert said["tokenizer.chat_template"] == (run.merged / "chat_template.jinja").read_text()
+        assert said["tokenizer.chat_template"] == NO_BOS + (run.merged / "chat_template.jinja").read_text()
         assert said["tokenizer.ggml.eos_token_id"] == 2
     assert found["gguf/q4_k_m"]["tensor_types"].get("q4_k")
     assert "q5_1" not in found["gguf/q5_k_m"]["tensor_types"]

@@ -21,6 +21,7 @@ pytest.importorskip("openai")
 from llama_ft.data.render import Renderer, TemplateRefusal
 from llama_ft.data.template import Template, shipped_templates
 from llama_ft.export.folder import write_companions
+from llama_ft.export.gguf.entries import template_of
 from llama_ft.serve.engines import TRANSFORMERS, openai_messages
 from llama_ft.serve.fields import Ask, read
 from llama_ft.serve.reader import Reader
@@ -208,8 +209,13 @@ def test_llama_cpp_writes_what_was_trained(name, tokenizer_of) -> None:
     own, template = tokenizer_of("tiny"), Template.load(name)
     training = Renderer(template, own)
     assert chat_format.guess_chat_format_from_gguf_metadata({"tokenizer.chat_template": template.source}) is None
-    words = {"eos_token": own.eos_token or "", "bos_token": own.bos_token or ""}
-    formatter = chat_format.Jinja2ChatFormatter(template=template.source, **words)
+    # Where a tokenizer has no BOS, llama.cpp hands the template another token in its place.
+    words = {"eos_token": own.eos_token or "", "bos_token": own.bos_token or "<|endoftext|>"}
+    own_template, own.chat_template = own.chat_template, template.source
+    try:
+        formatter = chat_format.Jinja2ChatFormatter(template=template_of(own), **words)
+    finally:
+        own.chat_template = own_template  # other tests share this tokenizer
     taken = set()
     for case, (messages, tools) in CASES.items():
         ask = asked(messages, tools)

@@ -203,12 +203,15 @@ def adapters(launch: Launch) -> list[dict[str, str]]:
     return [json.loads(one) for one in launch.line[launch.line.index("--lora-modules") + 1 :]]
 
 
-def test_vllm_with_adapters_on_one_base(two, vllm, tiny_base, tmp_path) -> None:
+@pytest.mark.parametrize(("gpu", "places"), [(True, "2"), (False, "3")], ids=["on a GPU", "without one"])
+def test_vllm_with_adapters_on_one_base(gpu, places, two, vllm, tiny_base, tmp_path, monkeypatch) -> None:
+    """Without a GPU one place stays empty: vLLM lays its last one on the base's answers."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     (launch,) = launch_vllm(find_served(two, compare=False), tmp_path, lambda: 4321)
     assert launch.line[2] == str(tiny_base)
     assert launch.ids == {"one": "m0", "two": "m1"}
     assert adapters(launch) == [{"name": f"m{i}", "path": f"{run}/adapter"} for i, run in enumerate(two)]
-    assert (value(launch.line, "--max-lora-rank"), value(launch.line, "--max-loras")) == ("8", "2")
+    assert (value(launch.line, "--max-lora-rank"), value(launch.line, "--max-loras")) == ("8", places)
     words = Path(value(launch.line, "--tokenizer"))
     assert (words / "chat_template.jinja").read_text().startswith("{#- control: <|im_start|>")
     assert not list(words.glob("adapter*"))
@@ -407,6 +410,34 @@ def test_workers_do_not_outlive_a_killed(which, tmp_path) -> None:
         assert gone(processes)
         server.kill()
     assert cleaned.exists()
+
+
+def test_the_cause_of_a_death_is_shown(tmp_path) -> None:
+    """vLLM's worker says it, then its engine and its front, each in a page of traceback; the last lines are noise."""
+    log = (
+        "(APIServer pid=1) WARNING 01-01 [a.py:1] this can cause `OSError: [Errno 24] Too many open files`\n"
+        "(Worker pid=3) ERROR 01-01 [b.py:2]     raise ValueError(\n"
+        "(Worker pid=3) ERROR 01-01 [b.py:2] ValueError: no room for 4000 GiB\n"
+        "(Worker pid=3) ERROR 01-01 [b.py:9] ValueError: no room for 4000 GiB\n"
+        "vllm.exceptions.EngineDeadError: see above\n"
+    )
+
+    async def go(noise: int) -> str:
+        line = [
+            sys.executable,
+            "-c",
+            f"import sys; sys.stdout.write({log!r}); [print('noise', i) for i in range({noise})]",
+        ]
+        child = await Child.start("it", line, folder=tmp_path, environment=os.environ)
+        fault = await child.ended()
+        await child.stop()
+        return str(fault)
+
+    said = asyncio.run(go(50)).splitlines()
+    assert said[0] == "it ended with status 0; its last words:"
+    wanted = ["ValueError: no room for 4000 GiB", "vllm.exceptions.EngineDeadError: see above"]
+    assert said[1:] == [f"    {line}" for line in [*wanted, *(f"noise {i}" for i in range(35, 50))]]
+    assert asyncio.run(go(3)).count("no room for") == 2, "what the last lines hold is not said twice"
 
 
 def test_a_command_that_cannot_be_run(tmp_path) -> None:

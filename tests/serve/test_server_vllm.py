@@ -347,6 +347,9 @@ def test_keys_and_addresses(served) -> None:
     assert httpx2.get(f"{address}/v1/models", trust_env=False).status_code == 401
     headers = {"Authorization": f"Bearer {own}"}
     assert httpx2.get(f"{address}/v1/models", headers=headers, trust_env=False).status_code == 200
+    # What docs/serve.md warns of: it guards its /v1 alone.
+    body = {"model": "m0", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert httpx2.post(f"{address}/invocations", json=body, timeout=60, trust_env=False).status_code == 200
 
 
 # The end

@@ -119,6 +119,7 @@ def publish_checkpoint(work: Work, kind: Compression, made: Path, proof: dict[st
 
 
 def read_proof(run: Run) -> dict[str, Any]:
+    """export.json; empty where there is none."""
     try:
         return json.loads(run.proof_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

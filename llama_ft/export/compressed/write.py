@@ -48,7 +48,7 @@ from llama_ft.tokenizer.load import load_tokenizer
 _MARGIN = 64 * 2**20
 """For tokenizer and logs."""
 _MEMORY = 1.3
-"""What llm-compressor takes beside a model's weights in 16 bits, as a factor."""
+"""What llm-compressor takes beside a model's weights in 16 bits, as a factor: an estimate, which spares a long wait."""
 _STAGE = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 
 
@@ -186,11 +186,10 @@ def _check_room(work: Work, kinds: Sequence[Compression]) -> None:
     """MachineFault where disk or memory will not do; nothing was written then."""
     values = sum(map(prod, work.shapes.values()))
     need = sum(compressed_bytes(work.shapes, kind, work.group) + _MARGIN for kind in kinds) + 2 * values
-    for free, wanted, what in (
-        (shutil.disk_usage(work.run.path).free, need, "GiB on the disk"),
-        (psutil.virtual_memory().available, int(2 * values * _MEMORY), "GiB of memory"),
+    for free, wanted, what, do in (
+        (shutil.disk_usage(work.run.path).free, need, "GiB on the disk", "free some, or ask for fewer types"),
+        (psutil.virtual_memory().available, int(2 * values * _MEMORY), "GiB of memory", "take a larger machine"),
     ):
         if free < wanted:
             said = f"compressing needs {wanted / 2**30:.2f} {what} and {free / 2**30:.2f} are free"
-            hint = "free some, or ask for fewer types; nothing was written"
-            raise MachineFault(said, where=str(work.run.path), hint=hint)
+            raise MachineFault(said, where=str(work.run.path), hint=f"{do}; nothing was written")

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llama_ft.data.examples import Conversation
 from llama_ft.data.prepare import Prepared
 from llama_ft.export.job import reopen
 from llama_ft.export.prompts import Prompt, choose_prompts
@@ -22,7 +23,7 @@ class Asked:
     """Documents and prompts, as the proof of merged/ has them, and what it said.
 
     `prompts` are answered; `streamed`: the model is larger than memory, is read from disk as it is asked, and answers
-    none. `rendered`: texts that a server would build from messages, and their ids in training.
+    none. `turns`: messages that a server would be sent, and their ids in training.
     """
 
     merged: Path
@@ -30,7 +31,7 @@ class Asked:
     documents: list[Document]
     prompts: list[Prompt]
     seen: Seen
-    rendered: list[tuple[str, list[int]]]
+    turns: list[tuple[Conversation, list[int]]]
     streamed: bool = False
 
     @classmethod
@@ -44,16 +45,16 @@ class Asked:
     ) -> Asked:
         """Asks the merged model in float32. tokenizer: its own. low_memory: `streamed`; None: where memory is short."""
         documents, prompts = choose_prompts(prepared)
-        rendered = _rendered(prompts, tokenizer)
+        turns = _turns(prompts)
         streamed = too_large(stored_tensors(merged)) if low_memory is None else low_memory
         if streamed:
             documents = [Document(one.ids[:LONGEST], one.labels[:LONGEST]) for one in documents[:DOCUMENTS]]
             seen = observe_streamed(merged_side(merged), documents)
-            return cls(merged, tokenizer, documents, [], seen, rendered, True)
+            return cls(merged, tokenizer, documents, [], seen, turns, True)
         with quiet_transformers():
             model, _ = reopen(merged, LlamaForCausalLM)
         seen = observe(model.to(pick_device(model)), documents, [prompt.ids for prompt in prompts])
-        return cls(merged, tokenizer, documents, prompts, seen, rendered)
+        return cls(merged, tokenizer, documents, prompts, seen, turns)
 
     def compare(self, seen: Seen, *, side: str = "gguf") -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The measurements over all documents, and of each prompt whether the answer is the merged model's.
@@ -67,11 +68,5 @@ class Asked:
         return compare(self.seen, seen, self.documents), greedy
 
 
-def _rendered(prompts: list[Prompt], tokenizer: Any) -> list[tuple[str, list[int]]]:
-    found = []
-    for prompt in prompts:
-        if prompt.turns is not None:
-            is_open = prompt.turns[-1]["role"] != "assistant"
-            text = tokenizer.apply_chat_template(prompt.turns, add_generation_prompt=is_open, tokenize=False)
-            found.append((text, prompt.ids))
-    return found
+def _turns(prompts: list[Prompt]) -> list[tuple[Conversation, list[int]]]:
+    return [(prompt.turns, prompt.ids) for prompt in prompts if prompt.turns is not None]

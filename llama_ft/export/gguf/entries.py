@@ -23,6 +23,7 @@ _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+NO_BOS = "{%- set bos_token = '' -%}"
 _CONTROL, _UNUSED = 3, 5
 """Of tokenizer.ggml.token_type."""
 _SHOWN = 3
@@ -67,8 +68,10 @@ def entries_of(merged: Path, tokenizer: PreTrainedTokenizerFast, stop: list[int]
     values: dict[str, Any] = {
         "general.name": name,
         "llama.context_length": config["max_position_embeddings"],
-        "tokenizer.chat_template": tokenizer.chat_template,
+        "tokenizer.chat_template": template_of(tokenizer),
     }
+    if values["tokenizer.chat_template"] != tokenizer.chat_template:
+        methods.append(("add_chat_template", values["tokenizer.chat_template"]))
     for kind, token in ids.items():
         if token is not None:
             values[f"tokenizer.ggml.{kind}_token_id"] = token
@@ -86,6 +89,15 @@ def entries_of(merged: Path, tokenizer: PreTrainedTokenizerFast, stop: list[int]
         methods.append((f"add_{flag}", value))
     added = frozenset(tokenizer.get_added_vocab().values())
     return Entries(values, methods, tokens, added, pre_tokenizer(description))
+
+
+def template_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The chat template for the file: the run's, and where training began with no BOS a line that says there is none.
+
+    llama.cpp takes some token for BOS where the tokenizer has none, and hands it to the template, which would write it.
+    """
+    template = str(tokenizer.chat_template)
+    return NO_BOS + template if tokenizer.bos_token is None and "bos_token" in template else template
 
 
 def _is_sentencepiece(description: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from llama_ft.export.tolerance import judge
 
 
 def by_llama_cpp(file: Path, kind: Format, asked: Asked, aside: Path) -> dict[str, Any]:
-    """What llama.cpp makes of the prompts' texts, as the template writes them, and of all the ids.
+    """What llama.cpp makes of the prompts' messages, by the template in the file, and of all the ids.
 
     aside: a folder for the logits in between. Faults alone where llama.cpp cannot open the file; MachineFault where it
     dies.
@@ -31,7 +31,7 @@ def by_llama_cpp(file: Path, kind: Format, asked: Asked, aside: Path) -> dict[st
     folder.mkdir()
     task = {
         "model": str(file),
-        "texts": [text for text, _ in asked.rendered],
+        "turns": [turns for turns, _ in asked.turns],
         "prompts": [prompt.ids for prompt in asked.prompts],
         "documents": [document.ids for document in asked.documents],
         "new_tokens": NEW_TOKENS,
@@ -47,14 +47,14 @@ def by_llama_cpp(file: Path, kind: Format, asked: Asked, aside: Path) -> dict[st
         shutil.rmtree(folder, ignore_errors=True)
     measured, greedy = asked.compare(Seen(logits, [Answer(ids, []) for ids in said["answers"]]))
     faults = judge(kind.runtime, measured, greedy)
-    pairs = zip(asked.rendered, said["tokens"], strict=True)
+    pairs = zip(asked.turns, said["tokens"], strict=True)
     unequal = [number for number, ((_, ids), found) in enumerate(pairs, 1) if found != ids]
     faults += [f"prompt {number} has other tokens than in training" for number in unequal]
     return {
         "version": said["version"],
         "faults": faults,
-        "prompts_tokenised": len(asked.rendered),
-        "prompts_equal": len(asked.rendered) - len(unequal),
+        "prompts_tokenised": len(asked.turns),
+        "prompts_equal": len(asked.turns) - len(unequal),
         "measured": {key: finite(value) for key, value in measured.items()},
         "greedy": greedy,
     }

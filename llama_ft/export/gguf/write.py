@@ -36,7 +36,7 @@ STAGED = ".gguf.new"
 _MARGIN = 64 * 2**20
 """For vocabulary and logs."""
 _SOURCES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-_RECIPE = "1"
+_RECIPE = "2"
 """Raised when the same weights would give another file, so that older ones are made again."""
 
 

@@ -1,8 +1,9 @@
 """What llama.cpp itself makes of a file, through llama-cpp-python. Runs by itself.
 
-Argument: a file with a JSON object: `model` file, `texts` (rendered prompts), `prompts` and `documents` (lists of ids),
-`new_tokens`, `threads`, `logits` (a folder: document N's logits [L, V] float32 go into N.npy), `answer` file with
-`tokens` of each text, and to each prompt an answer, its end token included; or `error`, where it cannot open the file.
+Argument: a file with a JSON object: `model` file, `turns` (lists of messages), `prompts` and `documents` (lists of
+ids), `new_tokens`, `threads`, `logits` (a folder: document N's logits [L, V] float32 go into N.npy), `answer` file with
+`tokens` of each list of messages, and to each prompt an answer, its end token included; or `error`, where it cannot
+open the file.
 """
 
 from __future__ import annotations
@@ -30,6 +31,22 @@ def without_repacking(low_level: Any) -> None:
         return params
 
     low_level.llama_model_default_params = plain
+
+
+def read(llm: Any, turns: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation, as its chat handlers make them: by the file's template, with the file's own tokens."""
+    formatter = import_module("llama_cpp.llama_chat_format").Jinja2ChatFormatter(
+        template=llm.metadata["tokenizer.chat_template"],
+        eos_token=_text(llm, llm.token_eos()),
+        bos_token=_text(llm, llm.token_bos()),
+        add_generation_prompt=turns[-1]["role"] != "assistant",
+    )
+    # The template has written what begins a text.
+    return llm.tokenize(formatter(messages=turns).prompt.encode(), add_bos=False, special=True)
+
+
+def _text(llm: Any, token: int) -> str:
+    return llm._model.token_get_text(token) if token != -1 else ""
 
 
 def main() -> None:
@@ -69,8 +86,7 @@ def main() -> None:
         np.save(Path(task["logits"], f"{number}.npy"), llm.scores[: len(ids)])
     found = {
         "version": llama_cpp.__version__,
-        # As its chat handlers do: the template has written what begins a text.
-        "tokens": [llm.tokenize(text.encode(), add_bos=False, special=True) for text in task["texts"]],
+        "tokens": [read(llm, turns) for turns in task["turns"]],
         "answers": [ask(ids) for ids in task["prompts"]],
     }
     Path(task["answer"]).write_text(json.dumps(found), encoding="utf-8")
