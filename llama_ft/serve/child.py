@@ -70,7 +70,7 @@ class Child:
         return self.process.returncode is None
 
     def said(self) -> str:
-        """The last lines that it wrote, and before them what was raised earlier: a cause, where others fell after it."""
+        """The last lines that it wrote, and before them what was raised earlier: a cause, where others fell later."""
         lines = [line.rstrip() for line in self._tail.decode("utf-8", "replace").splitlines() if line.strip()]
         earlier, last = lines[:-_SHOWN], lines[-_SHOWN:]
         raised = list(dict.fromkeys(found[1][:_WIDE] for line in earlier if (found := _RAISED.search(line))))
