@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from llama_ft.errors import user_facing
+from llama_ft.evaluate.compare_verb import compare
+from llama_ft.evaluate.sweep_verb import sweep
+from llama_ft.evaluate.verb import evaluate
 from llama_ft.export.verb import export
 from llama_ft.launch.verb import launch
 from llama_ft.serve.chat_verb import chat
@@ -247,6 +250,12 @@ def rerun(
         raise SystemExit(train_again(lock, overrides or [], output_dir=output_dir, allow=allow or [], flags=flags))
 
 
+app.command()(sweep)
+
+
+app.command()(compare)
+
+
 app.command()(export)
 
 
@@ -280,6 +289,9 @@ app.command()(chat)
 
 
 app.command()(serve)
+
+
+app.command(name="eval")(evaluate)
 
 
 def main() -> None:

@@ -13,7 +13,10 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "llama_ft"
-ORDER = ["recipe", "tokenizer", "llama", "data", "adapters", "plan", "launch", "export", "train", "serve", "evaluate"]
+ORDER = [
+    *("recipe", "tokenizer", "llama", "data", "adapters", "plan", "sandbox", "launch", "export", "train", "serve"),
+    "evaluate",
+]
 BELOW_ALL = {"errors", "files", "imports", "paths", "sizes"}
 
 

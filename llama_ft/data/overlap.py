@@ -61,6 +61,18 @@ class OverlapIndex:
 
         Of several, the one with the largest share is named, of equal ones the one added first.
         """
+        over = [(-share, number) for number, share in self._covered(text).items()]
+        if not over:
+            return None
+        share, number = min(over)
+        return self._names[number], -share
+
+    def find_all(self, text: str) -> list[tuple[str, float]]:
+        """Every test text that a training row overlaps, with the shares, in the order they were added."""
+        return [(self._names[number], share) for number, share in sorted(self._covered(text).items())]
+
+    def _covered(self, text: str) -> dict[int, float]:
+        """The shares of those test texts that a training row overlaps, by their numbers."""
         words = words_of(text)
         covered: dict[int, set[int]] = {}
         for gram in _grams(words):
@@ -68,11 +80,7 @@ class OverlapIndex:
                 covered.setdefault(number, set()).update(range(at, at + GRAM))
         shares = {number: len(places) / self._sizes[number] for number, places in covered.items()}
         shares.update(dict.fromkeys(self._short_in(words), 1.0))
-        over = [(-share, number) for number, share in shares.items() if share > self._limit(number)]
-        if not over:
-            return None
-        share, number = min(over)
-        return self._names[number], -share
+        return {number: share for number, share in shares.items() if share > self._limit(number)}
 
     def _limit(self, number: int) -> float:
         return max(self._least, SHORT_SHARE if self._sizes[number] < SHORT else SHARE)

@@ -9,7 +9,7 @@ is drawn beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -57,12 +57,14 @@ def sample(
     top_p: float,
     stop: frozenset[int],
     seeds: Sequence[int],
+    finished: Callable[[list[int]], bool] | None = None,
 ) -> list[list[Sampled]]:
     """`answers` answers to each prompt (token ids, at least one), of up to max_new_tokens ≥ 1 tokens.
 
     model: our LlamaForCausalLM, or a PEFT model around it, whose adapters act as they stand. temperature 0: greedy.
     top_p: draws from the smallest set of tokens with this probability or more (arXiv 1904.09751); 1: from all. stop:
     ids that end an answer. seeds [prompts · answers], 0 ≤ seed < 2⁶⁴: answer j to prompt i has number i·answers + j.
+    finished: whether an answer that came so far, its ids, needs no more (it holds a stop string); its `ended` is False.
     Room in the model's context is the caller's business. torch's random numbers are left alone; dropout is off
     meanwhile. Processes that share out the weights (FSDP, ZeRO-3) would wait for one another: each stops with its own
     last answer. ValueError for empty prompts and numbers that do not fit, and for RoPE of type `dynamic` beyond its
@@ -84,6 +86,7 @@ def sample(
     draws = [np.random.Generator(np.random.Philox(key=seed)).random(max_new_tokens) for seed in seeds]
     chances = torch.from_numpy(np.stack(draws))
     ids: list[list[int]] = [[] for _ in seeds]
+    done: set[int] = set()
     with torch.no_grad(), _generating(model, base):
         batch = _Batch(base, [len(prompt) for prompt in prompts], answers)
         logits = _read(model, base, batch, prompts).repeat_interleave(answers, 0)
@@ -91,9 +94,11 @@ def sample(
             tokens = _draw(logits, chances[batch.numbers, step].to(logits.device), temperature, top_p)
             going = []
             for row, (number, token) in enumerate(zip(batch.numbers, tokens.tolist(), strict=True)):
-                if not ids[number] or ids[number][-1] not in stop:
+                if number not in done:
                     ids[number].append(token)
-                    if token not in stop:
+                    if token in stop or (finished is not None and finished(ids[number])):
+                        done.add(number)
+                    else:
                         going.append(row)
             if not going or step + 1 == max_new_tokens:
                 break

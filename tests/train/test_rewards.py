@@ -18,7 +18,8 @@ import torch
 
 from llama_ft.errors import UserError
 from llama_ft.recipe.schema_online import Reward
-from llama_ft.train.rewards import called, walled
+from llama_ft.sandbox import walled
+from llama_ft.train.rewards import called
 from llama_ft.train.rewards.function import last_number, matches
 from llama_ft.train.rewards.rewards import Asked, Rewards, distinct, name_of
 from llama_ft.train.rewards.worker import Worker

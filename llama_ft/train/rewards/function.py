@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.errors import UserError, did_you_mean, nearest
+from llama_ft.sandbox.fences import code_in, tests_in
+from llama_ft.sandbox.programs import Sandbox
 from llama_ft.train.rewards.asked import Asked
-from llama_ft.train.rewards.code import Sandbox, code_in, tests_in
 from llama_ft.train.rewards.worker import Died, Hung, Worker
 
 IMPORT = 120.0
@@ -105,7 +106,7 @@ class Length:
 
 
 class Code:
-    """1 where the code of the answer, followed by the row's own answer as tests, runs to its end, else 0 (code.py)."""
+    """1 where the code of the answer, with the row's own answer as tests behind it, runs to its end, else 0."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout

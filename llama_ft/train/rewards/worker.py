@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.errors import MachineFault
-from llama_ft.train.rewards.pipes import Lines, end_group
+from llama_ft.sandbox.pipes import Lines, end_group
 
 _CHILD = Path(__file__).with_name("called.py")
 

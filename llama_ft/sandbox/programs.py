@@ -1,4 +1,4 @@
-"""Code that passes its tests: programs that nobody has read, each run in a process behind walls.
+"""Programs that nobody has read, each run in a process behind walls.
 
 What a program may do is settled by the kernel, from within its process before its first line (walled.py): it computes,
 reads files, and nothing else. A single bit comes back, so no secret leaves with it. What no wall helps against is code
@@ -12,8 +12,6 @@ import os
 import secrets
 import subprocess
 import sys
-import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,8 +22,8 @@ from typing import Literal
 
 from llama_ft.errors import MachineFault, UserError
 from llama_ft.plan.hardware import usable_cores
-from llama_ft.train.rewards.pipes import Lines, end_group
-from llama_ft.train.rewards.walled import MEMORY, OPEN_FILES
+from llama_ft.sandbox.pipes import Lines, end_group
+from llama_ft.sandbox.walled import MEMORY, OPEN_FILES, Standing
 
 Outcome = Literal["passed", "failed", "timeout"]
 
@@ -48,12 +46,13 @@ class Wall:
 @cache
 def walls() -> tuple[Wall, ...]:
     """The walls as a trial program met them on this machine. MachineFault when not even that could be run."""
-    with _started(["pass"], 5.0) as trial:
-        pass
+    with _started(["pass"], 5.0, bare=False) as trial:
+        stands = trial.standing
     lost = "no files are written or changed, no connections, no other processes, no signals to them"
     return (
-        Wall("system calls", trial.filtered, f"seccomp lets through what computing takes: {lost}"),
-        Wall("namespaces", trial.apart, "user, network and IPC of its own: a second wall, and no rights of root"),
+        Wall("system calls", stands.filtered, f"seccomp lets through what computing takes: {lost}"),
+        Wall("Landlock", stands.confined, "files, TCP and signals once more, and no look into /proc"),
+        Wall("namespaces", stands.apart, "user, network and IPC of its own: no rights of root outside of them"),
         Wall("limits", True, f"{MEMORY >> 30} GiB of memory, {OPEN_FILES} open files, seconds of CPU and of the clock"),
         Wall("interpreter", True, "python -I -S: the standard library alone, empty environment, no input, no output"),
     )
@@ -62,15 +61,18 @@ def walls() -> tuple[Wall, ...]:
 class Sandbox:
     """Runs programs, several at once: one for each core that this process may use, or `processes`.
 
-    UserError where the machine has no filter for system calls (Linux on x86-64 and 64-bit ARM has).
+    UserError where the machine has no filter for system calls (Linux on x86-64 and 64-bit ARM has), unless `bare`: then
+    programs run all the same, with the rights of whoever started this. `hint`: how a user says so, if there is a way.
     """
 
-    def __init__(self, processes: int | None = None):
-        if not next(wall for wall in walls() if wall.name == "system calls").stands:
+    def __init__(self, processes: int | None = None, *, bare: bool = False, hint: str | None = None):
+        if not bare and not next(wall for wall in walls() if wall.name == "system calls").stands:
             raise UserError(
                 f"code cannot be walled in on this machine ({os.uname().sysname} on {os.uname().machine})",
-                hint="it takes Linux with seccomp, on x86-64 or 64-bit ARM; a container may forbid it",
+                hint="it takes Linux with seccomp, on x86-64 or 64-bit ARM; a container may forbid it"
+                + (f"; {hint}" if hint else ""),
             )
+        self.bare = bare
         self._threads = ThreadPoolExecutor(processes or usable_cores(), "sandbox")
 
     def run(self, programs: Sequence[Sequence[str]], seconds: float) -> list[Outcome]:
@@ -79,38 +81,44 @@ class Sandbox:
         passed: all of it ran to its end; failed: it raised, exited, died or asked for too much; timeout: it took more
         than `seconds`. Nothing that a program does is raised here; MachineFault when no process can be started.
         """
-        return list(self._threads.map(lambda parts: run_walled(parts, seconds), programs))
+        return list(self._threads.map(lambda parts: run_walled(parts, seconds, bare=self.bare), programs))
 
     def close(self) -> None:
-        """Waits for what still runs."""
+        """Waits for what still runs; what has not begun does not begin."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    def __enter__(self) -> Sandbox:
+        return self
 
-def run_walled(parts: Sequence[str], seconds: float) -> Outcome:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run_walled(parts: Sequence[str], seconds: float, *, bare: bool = False) -> Outcome:
     """One program, see :meth:`Sandbox.run`."""
-    with _started(parts, seconds) as started:
+    with _started(parts, seconds, bare=bare) as started:
         said = started.lines.next(seconds)
     if said is None:
         return "timeout"
-    return "passed" if said == started.word else "failed"
+    return "passed" if said == started.mark else "failed"
 
 
 @dataclass(frozen=True)
 class _Started:
-    """`apart`: in namespaces of its own; `filtered`: its system calls are; `word`: what it says when all has run."""
+    """`standing`: its walls; `mark`: what it says when all has run."""
 
     lines: Lines
-    apart: bool
-    filtered: bool
-    word: bytes
+    standing: Standing
+    mark: bytes
 
 
 @contextmanager
-def _started(parts: Sequence[str], seconds: float) -> Iterator[_Started]:
+def _started(parts: Sequence[str], seconds: float, *, bare: bool) -> Iterator[_Started]:
     """A process that has put up its walls; it and all of its group are gone afterwards."""
-    word = secrets.token_hex(16).encode()
+    # The mark is in neither half alone: what echoes all that it can read has not got it.
+    key, challenge = secrets.randbits(128), secrets.randbits(128)
     written = [part.encode(errors="replace") for part in parts]
-    head = b" ".join([b"%d" % (math.ceil(seconds) + 1), word, *(b"%d" % len(part) for part in written)])
+    head = b" ".join([b"%d %d %x" % (math.ceil(seconds) + 1, bare, key), *(b"%d" % len(part) for part in written)])
     # What the dynamic linker needs to start this very Python, where it needs anything.
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     line = [sys.executable, "-I", "-S", str(_CHILD), str(os.getpid())]
@@ -124,13 +132,13 @@ def _started(parts: Sequence[str], seconds: float) -> Iterator[_Started]:
     try:
         assert process.stdin is not None
         with suppress(BrokenPipeError):
-            process.stdin.write(head + b"\n" + b"".join(written))
+            process.stdin.write(head + b"\n" + b"".join(written) + b"%x" % challenge)
             process.stdin.close()
         lines = Lines(process, _ANSWER)
         first = (lines.next(START) or b"").split()
-        if len(first) != 3 or first[0] != b"walled":
+        if len(first) != 4 or first[0] != b"walled":
             raise _not_started(f"exit status {end_group(process)}")
-        yield _Started(lines, first[1] == b"1", first[2] == b"1", word)
+        yield _Started(lines, Standing(*(one == b"1" for one in first[1:])), b"%x" % (key ^ challenge))
     finally:
         end_group(process)
 
@@ -138,39 +146,3 @@ def _started(parts: Sequence[str], seconds: float) -> Iterator[_Started]:
 def _not_started(reason: str) -> MachineFault:
     hint = "is memory short, or the number of processes limited? Then go on with --resume"
     return MachineFault(f"no process for code could be started: {reason}", hint=hint)
-
-
-def code_in(answer: str) -> str:
-    """The last fenced block of an answer, or all of it where there is none; a fence that is left open ends with it.
-
-    A fence is a line of three or more ``` or ~~~, as in CommonMark; a block's common margin is taken off.
-    """
-    blocks: list[list[str]] = []
-    fence = ""
-    for line in answer.split("\n"):  # and at nothing else that may stand in a string
-        bare = line.strip()
-        marker = bare[: len(bare) - len(bare.lstrip(bare[0]))] if bare[:3] in ("```", "~~~") else ""
-        if not fence and marker and "`" not in bare[len(marker) :]:
-            fence = marker
-            blocks.append([])
-        elif fence and bare == marker and marker.startswith(fence):
-            fence = ""
-        elif fence:
-            blocks[-1].append(line)
-    return textwrap.dedent("\n".join(blocks[-1])) if blocks else answer
-
-
-def tests_in(reference: str) -> str:
-    """The tests of a row: its own answer, or the fenced block in it. ValueError says why they are no Python."""
-    tests = code_in(reference)
-    if not tests.strip():
-        raise ValueError("it is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's strings
-            compile(tests, "<tests>", "exec", dont_inherit=True)
-    except SyntaxError as error:
-        raise ValueError(f"{error.msg} (line {error.lineno})") from error
-    except (RecursionError, MemoryError) as error:
-        raise ValueError(f"Python cannot read it ({type(error).__name__})") from error
-    return tests

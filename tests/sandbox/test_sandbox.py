@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from llama_ft.errors import UserError
-from llama_ft.train.rewards import code, walled
-from llama_ft.train.rewards.code import Sandbox, code_in, walls
+from llama_ft.sandbox import fences, programs, walled
+from llama_ft.sandbox.fences import code_in
+from llama_ft.sandbox.programs import Sandbox, walls
 from tests.train.test_rewards import asked, children, opened, refused
 
 ADD = "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```"
@@ -27,10 +28,10 @@ def test_the_code_of_an_answer():
     assert code_in("```python\nx = 1") == "x = 1", "cut off"
     assert code_in("a ```b``` c") == "a ```b``` c"
     assert code_in("```python\n```") == ""
-    assert code.tests_in("```python\nassert f(1)\n```") == "assert f(1)"
+    assert fences.tests_in("```python\nassert f(1)\n```") == "assert f(1)"
     for broken, said in [("assert (", "never closed"), ("  \n", "empty"), ("x\0", "null"), ("(" * 1000, "parentheses")]:
         with pytest.raises(ValueError, match=said):
-            code.tests_in(broken)
+            fences.tests_in(broken)
 
 
 def test_code_that_passes_its_tests_is_worth_1():
@@ -139,18 +140,20 @@ def test_code_that_never_ends_is_ended():
 
 def test_the_walls_that_are_said_to_stand():
     standing = {wall.name: wall.stands for wall in walls()}
-    assert set(standing) == {"system calls", "namespaces", "limits", "interpreter"}
+    assert set(standing) == {"system calls", "Landlock", "namespaces", "limits", "interpreter"}
     assert standing["system calls"]
     environment = f"assert open('/proc/{os.getpid()}/environ').read()"
     sandbox = Sandbox()
     readable = sandbox.run([[environment]], 10.0) == ["passed"]
     sandbox.close()
-    assert readable != standing["namespaces"], "what this process was given, a key of an API perhaps"
+    assert readable != (standing["namespaces"] or standing["Landlock"]), (
+        "what this process was given, a key of an API perhaps"
+    )
 
 
 def test_without_walls_nothing_is_run(monkeypatch):
     bare = tuple(replace(wall, stands=False) for wall in walls())
-    monkeypatch.setattr(code, "walls", lambda: bare)
+    monkeypatch.setattr(programs, "walls", lambda: bare)
     assert "code cannot be walled in on this machine" in refused({"function": "code"})
 
 

@@ -1,18 +1,22 @@
 """Runs one program that nobody has read, behind walls. A process of its own: `python -I -S walled.py PARENT`.
 
-Standard library alone. Its input: a line `SECONDS WORD BYTES…`, then the parts of the program, so many bytes each. Its
-output: `walled …` when the walls stand, then, once every part ran to its end without an exception, WORD. The parent
-keeps WORD secret, so `sys.exit(0)` is no success. See llama_ft/train/rewards/code.py for the other side.
+Standard library alone. Its input: a line `SECONDS BARE KEY BYTES…`, the parts of the program, so many bytes each, and a
+challenge. Its output: `walled …` when the walls stand, then, once every part ran to its end without an exception, KEY
+xor the challenge, which is not read before, so that `sys.exit(0)` is no success and the mark to print is in no frame of
+this process. BARE: 1 runs the program although the filter cannot stand. See llama_ft/sandbox/programs.py.
 """
 
 from __future__ import annotations
 
+import builtins
 import ctypes
+import io
 import os
 import resource
 import struct
 import sys
 import types
+from dataclasses import dataclass
 
 MEMORY = 1 << 30
 """Bytes of address space: Python itself takes 20 MB of it."""
@@ -53,6 +57,25 @@ _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _EPERM, _ENOSYS = 1, 38
 _SET_SECCOMP, _NO_NEW_PRIVS, _DIE_WITH_PARENT, _FILTER, _SIGKILL = 22, 38, 1, 2, 9  # linux/prctl.h
 _NEW_USER, _NEW_NETWORK, _NEW_IPC = 0x10000000, 0x40000000, 0x08000000  # linux/sched.h
+
+# Landlock (linux/landlock.h): its calls have these numbers on every machine. What a version of it knows to forbid of
+# files: 13 bits at first, among them reading files and listing folders, then moves, truncation, ioctl.
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+_READING = 0b1100
+_BENEATH = 1
+_FILE_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
+_NEWEST_FILE_BITS = 16
+_TCP, _TCP_SINCE = 0b11, 4  # bind, connect
+_SCOPES, _SCOPES_SINCE = 0b11, 6  # abstract Unix sockets, signals
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Which walls stand. `apart`: namespaces; `confined`: Landlock; `filtered`: system calls."""
+
+    apart: bool
+    confined: bool
+    filtered: bool
 
 
 def system_call_filter(machine: str) -> bytes | None:
@@ -97,8 +120,8 @@ def _argument(number: int) -> tuple[int, int, int, int]:
     return (_LOAD, 0, 0, 16 + 8 * number)
 
 
-def put_up_walls(seconds: int, parent: int) -> tuple[bool, bool]:
-    """Whether this process is cut off from network, users and shared memory, and whether its system calls are filtered.
+def put_up_walls(seconds: int, parent: int) -> Standing:
+    """Cuts this process off, for good, and says which of the walls stand.
 
     Limits come first: the filter lets nobody change them any more.
     """
@@ -109,6 +132,8 @@ def put_up_walls(seconds: int, parent: int) -> tuple[bool, bool]:
         resource.RLIMIT_CORE: (0, 0),
         resource.RLIMIT_NOFILE: (OPEN_FILES, OPEN_FILES),
     }
+    if not sys.platform.startswith("linux"):
+        return Standing(False, False, False)
     for name, (soft, hard) in limits.items():
         most = resource.getrlimit(name)[1]
         least = hard if most == resource.RLIM_INFINITY else min(hard, most)
@@ -118,36 +143,81 @@ def put_up_walls(seconds: int, parent: int) -> tuple[bool, bool]:
     kernel.prctl(_DIE_WITH_PARENT, _SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # it was gone before that was asked for
+    if kernel.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        return Standing(apart, False, False)
+    confined = confine(kernel)
     code = system_call_filter(os.uname().machine)
-    if code is None or kernel.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        return apart, False
+    if code is None:
+        return Standing(apart, confined, False)
     held = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(held))
-    return apart, kernel.prctl(_SET_SECCOMP, _FILTER, ctypes.c_char_p(program), 0, 0) == 0
+    return Standing(apart, confined, kernel.prctl(_SET_SECCOMP, _FILTER, ctypes.c_char_p(program), 0, 0) == 0)
+
+
+def confine(kernel: ctypes.CDLL) -> bool:
+    """Whether Landlock leaves this process nothing but to read files, and none in /proc, where others' secrets lie.
+
+    Folders in the root are allowed one by one: there is no rule that forbids one. It takes no_new_privs, or root.
+    """
+    version = kernel.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return False
+    files = (1 << _FILE_BITS.get(version, _NEWEST_FILE_BITS)) - 1
+    tcp = _TCP if version >= _TCP_SINCE else 0
+    scopes = _SCOPES if version >= _SCOPES_SINCE else 0
+    rules = struct.pack("QQQ", files, tcp, scopes)  # an older kernel takes zeros where it knows nothing
+    handle = kernel.syscall(_LANDLOCK_CREATE, rules, ctypes.c_size_t(len(rules)), 0)
+    if handle < 0:
+        return False
+    stands = True
+    with os.scandir("/") as entries:
+        for entry in entries:
+            if entry.name != "proc" and entry.is_dir(follow_symlinks=False):
+                folder = os.open(entry.path, os.O_PATH)
+                rule = struct.pack("=Qi", _READING, folder)
+                stands &= kernel.syscall(_LANDLOCK_ADD, handle, _BENEATH, rule, 0) == 0
+                os.close(folder)
+    stands = stands and kernel.syscall(_LANDLOCK_RESTRICT, handle, 0) == 0
+    os.close(handle)
+    return stands
 
 
 def run(parts: list[bytes]) -> None:
-    """Each part in the same module, one after the other; the first may not change how the next is read."""
+    """Each part in the same module, one after the other; the first may not change how the next is read or run."""
     module = types.ModuleType("answer")
     sys.modules["answer"] = module  # dataclasses look their module up
-    for part in parts:
-        exec(compile(part, "<answer>", "exec", dont_inherit=True), module.__dict__)
+    execute, names = exec, builtins.__dict__
+    for code in tuple(compile(part, "<answer>", "exec", dont_inherit=True, optimize=0) for part in parts):
+        kept = dict(names)
+        execute(code, module.__dict__)
+        names.update(kept)
 
 
 def main() -> None:
-    source = sys.stdin.buffer
-    seconds, word, *sizes = source.readline().split()
-    parts = [source.read(int(size)) for size in sizes]
-    out = os.dup(1)
+    with open(0, "rb", buffering=0, closefd=False) as source:  # the challenge stays in the pipe
+        seconds, bare, key, *sizes = source.readline().split()
+        parts = [_whole(source, int(size)) for size in sizes]
+    held, out = os.dup(0), os.dup(1)
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
-    apart, filtered = put_up_walls(int(seconds), int(sys.argv[1]))
-    os.write(out, b"walled %d %d\n" % (apart, filtered))
-    if filtered:
+    standing = put_up_walls(int(seconds), int(sys.argv[1]))
+    read, write, leave, number = os.read, os.write, os._exit, int
+    write(out, b"walled %d %d %d\n" % (standing.apart, standing.confined, standing.filtered))
+    if standing.filtered or bare == b"1":
         run(parts)
-        os.write(out, word + b"\n")
-        os._exit(0)
+        write(out, b"%x\n" % (number(key, 16) ^ number(read(held, 64), 16)))
+        leave(0)
+
+
+def _whole(source: io.RawIOBase, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        more = source.read(size - len(found))
+        if not more:
+            os._exit(1)  # the other side is gone
+        found += more
+    return found
 
 
 if __name__ == "__main__":
