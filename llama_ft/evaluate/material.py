@@ -31,8 +31,14 @@ KINDS = (
     ("choices", set(CHOICE_KEYS)),
     ("code", {"task_id", "prompt", "entry_point", "test"}),
     ("code", {"task_id", "code", "test_list"}),
+    ("questions", {"question_id", "turns"}),
+    ("questions", {"instruction", "instances"}),
+    ("questions", {"instruction", "generator"}),
+    ("references", {"question_id", "choices"}),
 )
 """Files that are no documents, by keys of their rows."""
+ROW = 2**20
+"""Letters that the first row of a JSON list is looked for in."""
 HELD_OUT_SPLITS = ("heldout", "test", "validation", "eval")
 """Splits of a card that are taken where none is named, the first of these that it has."""
 T = TypeVar("T")
@@ -69,8 +75,8 @@ class Choice:
 
 
 def kind_of(name: str) -> str:
-    """What `--data` names: `choices` (multiple choice), `code` (HumanEval, MBPP), by the keys of a file's first row;
-    else `documents`, as a card does."""
+    """What `--data` names, by the keys of a file's first row: `choices` (multiple choice), `code` (HumanEval, MBPP),
+    `questions` (of chat benchmarks), `references` (answers to them); else `documents`, as a card does."""
     keys = set(_first_row(name)) if Path(name).is_file() else set()
     return next((kind for kind, own in KINDS if own <= keys), "documents")
 
@@ -87,12 +93,19 @@ def holds_documents(name: str) -> bool:
 
 @cache
 def _first_row(name: str) -> tuple[str, ...]:
-    """Keys of a JSON-lines file's first row; none for another file."""
+    """Keys of the first row of JSON lines or of a JSON list; none for another file."""
     import gzip
 
     try:
-        with gzip.open(name, "rt") if name.endswith(".gz") else Path(name).open(encoding="utf-8") as file:
-            row = json.loads(file.readline())
+        with (
+            gzip.open(name, "rt", encoding="utf-8")
+            if name.endswith(".gz")
+            else Path(name).open(encoding="utf-8") as file
+        ):
+            head = file.readline()
+            if head.lstrip().startswith("["):
+                head = (head + file.read(ROW)).lstrip()[1:].lstrip()
+        row, _ = json.JSONDecoder().raw_decode(head.lstrip())
     except (OSError, ValueError, EOFError):
         return ()
     return tuple(map(str, row)) if isinstance(row, dict) else ()
@@ -179,10 +192,11 @@ def _of_run(prepared: Prepared) -> list[Held]:
 
 def _labels(sources: Sequence[Source]) -> list[str]:
     """A short name for each source, numbered where two have the same."""
-    return _numbered([Path(source.label).name or source.label for source in sources])
+    return numbered([Path(source.label).name or source.label for source in sources])
 
 
-def _numbered(names: Sequence[str]) -> list[str]:
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names; of those that come again each with its number behind it."""
     return [
         name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
         for place, name in enumerate(names)
@@ -221,7 +235,7 @@ def choices(context: Context) -> list[Choice]:
     found = []
     problems: list[Problem] = []
     names = [name for name in context.data if holds_choices(name)]
-    for name, label in zip(names, _numbered([Path(name).stem for name in names]), strict=True):
+    for name, label in zip(names, numbered([Path(name).stem for name in names]), strict=True):
         found += drawn(_read_choices(Path(name), label, problems), context.limit, context.seed)
     if problems:
         raise UserError(problems[:10])

@@ -45,7 +45,7 @@ class SuiteResult:
     own value, or [value, weight] where the score is a weighted mean (nats per token, by tokens). Results of the same
     items are paired by `id`, see :func:`compared`. settings: seed, limit, files and what else another result must share
     to be compared with this one. leaks: what of the suite's prompts the training documents hold
-    (llama_ft/evaluate/leaks.py); empty if unknown.
+    (llama_ft/evaluate/leaks.py); empty if unknown. remarks: what else to know of the scores, in sentences.
     """
 
     suite: str
@@ -55,6 +55,7 @@ class SuiteResult:
     settings: dict[str, Any]
     seconds: float
     leaks: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def score(self, name: str) -> Score | None:
         """The score of that name."""

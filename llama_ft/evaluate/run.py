@@ -11,10 +11,11 @@ from time import monotonic
 from rich.console import Console
 
 from llama_ft.errors import MachineFault, Problem, UserError, did_you_mean
+from llama_ft.evaluate.chat.judges import Judging
 from llama_ft.evaluate.material import kind_of
 from llama_ft.evaluate.opening import DEFAULT, check_subjects, find_source, open_model, open_subjects
 from llama_ft.evaluate.page import by_suite, write_page
-from llama_ft.evaluate.result import SuiteResult
+from llama_ft.evaluate.result import SuiteResult, file_name
 from llama_ft.evaluate.subject import Subject
 from llama_ft.evaluate.suites import Context, Suite, find_suites
 from llama_ft.evaluate.table import print_results
@@ -41,6 +42,8 @@ class Asked:
     temperature: float | None = None
     unsandboxed: bool = False
     tasks: list[str] = field(default_factory=list)
+    max_tokens: int | None = None
+    judging: Judging | None = None
     out: Path | None = None
     overwrite: bool = False
 
@@ -51,13 +54,14 @@ def evaluate_source(asked: Asked) -> list[SuiteResult]:
     Raises UserError with everything that stands in the way before a model is loaded, MachineFault where the disk is
     full: what is measured is kept, and the same command goes on. Ctrl-C leaves in the same way.
     """
-    suites = find_suites(asked.suites)
+    judged = ["judge"] if asked.judging is not None and "chat" in asked.suites else []
+    suites = find_suites([*asked.suites, *judged])
     run = find_source(asked.source)
     names = _check(asked, run)
     home = run.path if run is not None else (asked.out or Path("runs", f"eval-{_plain(asked.source)}"))
     report = _Progress()
     context = Context(home / "eval", run, asked.data, asked.layout, asked.limit, asked.seed, report)
-    context.tasks = asked.tasks
+    context.tasks, context.max_tokens, context.judging = asked.tasks, asked.max_tokens, asked.judging
     context.samples, context.temperature, context.unsandboxed = asked.samples, asked.temperature, asked.unsandboxed
     problems = [problem for suite in suites for problem in suite.needs(context)] or _unused(suites, context)
     if problems:
@@ -93,6 +97,19 @@ def _check(asked: Asked, run: Run | None) -> list[str]:
     if run is not None and asked.template is not None:
         what = "a run is measured in the template that it was trained with"
         problems.append(Problem(what, key="--template", hint="leave it out"))
+    for key, value, needed in (
+        ("--judge", asked.judging, {"chat", "judge"}),
+        ("--max-tokens", asked.max_tokens, {"chat"}),
+        ("--tasks", asked.tasks or None, {"academic"}),
+    ):
+        if value is not None and not needed & set(asked.suites):
+            problems.append(Problem(f"only the suite {min(needed)} has {key}", key=key, hint="leave it out"))
+    judging = asked.judging
+    if run is not None and judging is not None and judging.pairs and judging.against is None:
+        there = (run.path / "eval" / file_name("chat", "base")).is_file()
+        if not there and "base" not in (asked.subjects or DEFAULT):
+            what = "there are no answers of the base to hold others against"
+            problems.append(Problem(what, key="--pairs", hint="--subjects base,tuned, or --against FILE"))
     if asked.layout is not None:
         from llama_ft.data.layouts import LAYOUTS
 

@@ -219,15 +219,18 @@ class Subject:
         seed: int = 0,
         samples: int = 1,
         tick: Tick | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[Answer]]:
         """`samples` answers of up to max_tokens to each prompt (ids). temperature 0: greedy, token for token what
         transformers' generate gives in float32. stop: strings that an answer ends before.
 
-        An answer is drawn by `seed` and the numbers of its prompt and sample, whatever is drawn beside it. One to a
-        prompt that leaves less room in the context is shorter; without any room it is empty, ended by length.
+        An answer is drawn by `seed` and the numbers of its prompt and sample, or by its prompt's own of `seeds` and the
+        number of the sample, whatever is drawn beside it. One to a prompt that leaves less room in the context is
+        shorter; without any room it is empty, ended by length.
         """
         found: list[list[Answer]] = [[Answer("", [], "length")] * samples for _ in prompts]
         ended = Stops(self.tokenizer, stop) if stop else None
+        own = [(seed, number) if seeds is None else (seeds[number], 0) for number in range(len(prompts))]
         for part, room in self._batches([len(prompt) for prompt in prompts], max_tokens, samples):
             groups = sample(
                 self.model,
@@ -237,7 +240,7 @@ class Subject:
                 temperature=temperature,
                 top_p=top_p,
                 stop=self.stop,
-                seeds=[seed_of(seed, number, one) for number in part for one in range(samples)],
+                seeds=[seed_of(*own[number], one) for number in part for one in range(samples)],
                 finished=ended,
             )
             for number, group in zip(part, groups, strict=True):

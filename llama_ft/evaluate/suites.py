@@ -23,6 +23,7 @@ from llama_ft.evaluate.result import SuiteResult, file_name
 
 if TYPE_CHECKING:
     from llama_ft.data.prepare import Prepared
+    from llama_ft.evaluate.chat.judges import Judge, Judging
     from llama_ft.evaluate.subject import Subject
     from llama_ft.recipe.run import Run
 
@@ -31,6 +32,8 @@ SUITES = {
     "quick": "llama_ft.evaluate.quick:SUITE",
     "code": "llama_ft.evaluate.code:SUITE",
     "academic": "llama_ft.evaluate.academic:SUITE",
+    "chat": "llama_ft.evaluate.chat.suite:SUITE",
+    "judge": "llama_ft.evaluate.chat.judging:SUITE",
 }
 """Where each suite is; imported when it is asked for."""
 
@@ -91,7 +94,9 @@ class Context:
     data: what `--data` named, files or cards; layout: how the rows of those that hold documents are shaped; limit: most
     items of each part of a suite; seed: of samples, draws and intervals. report: for the progress line.
     samples: answers to each task of suite code, at temperature (None: the suite's own); unsandboxed: whether their
-    programs run where this machine has no walls. tasks: of suite academic, names or YAML files.
+    programs run where this machine has no walls. tasks: of suite academic, names or YAML files. max_tokens: of an
+    answer of suite chat (None: the suite's own). judging: who judges such answers, and how;
+    None: nobody. judge: the same, once it is open.
     """
 
     folder: Path
@@ -105,6 +110,9 @@ class Context:
     temperature: float | None = None
     unsandboxed: bool = False
     tasks: list[str] = field(default_factory=list)
+    max_tokens: int | None = None
+    judging: Judging | None = None
+    judge: Judge | None = None
     _leaks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property

@@ -83,6 +83,7 @@ def notes(results: Sequence[SuiteResult]) -> list[str]:
     if leaked:
         found.append(f"leaks: {leaks_said(leaked)}")
         found += [f"  {one['id']} in {one['row']} ({one['share']:.0%} of it)" for one in leaked.get("where", [])]
+    found += [f"{result.subject}: {remark}" for result in results for remark in result.remarks]
     times = ", ".join(f"{result.subject} {result.seconds:.0f} s" for result in results)
     found.append(f"measured in {times}; {results[0].settings.get('computed_in', '')}".rstrip("; "))
     return found

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llama_ft.errors import user_facing
+from llama_ft.errors import Problem, UserError, user_facing
 from llama_ft.imports import for_good
 
 
@@ -31,6 +31,25 @@ def evaluate(
     unsandboxed: Annotated[
         bool, typer.Option("--unsandboxed", help="Run generated code where it cannot be walled in.")
     ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer of suite chat.", show_default="1024")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL_OR_FOLDER", help="Of suite chat: an endpoint's model, or a reward model."),
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of the judge's endpoint.", show_default="OPENAI_BASE_URL")
+    ] = None,
+    judge_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts in FastChat's format.", show_default="our own")
+    ] = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Judge pairs with the base's answers, in both orders.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Other answers for --pairs.", show_default="the base's")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Of suite academic: names of lm-eval or YAML files; commas between several.")
     ] = None,
@@ -43,10 +62,15 @@ def evaluate(
     """Measure a run beside its base, or a model: scores with intervals, in eval/*.json and eval.html."""
     with user_facing(debug=debug):
         with for_good():
+            from llama_ft.evaluate.chat.judges import Judging
             from llama_ft.evaluate.run import Asked, evaluate_source
 
         names = [name.strip() for name in suite.split(",") if name.strip()]
         who = [name.strip() for name in subjects.split(",") if name.strip()] if subjects is not None else None
+        asked = {"--judge-url": judge_url, "--judge-prompts": judge_prompts, "--pairs": pairs, "--against": against}
+        if judge is None and any(asked.values()):
+            problems = [Problem("there is no judge", key=key, hint="--judge") for key, value in asked.items() if value]
+            raise UserError(problems)
         evaluate_source(
             Asked(
                 source,
@@ -61,6 +85,8 @@ def evaluate(
                 temperature=temperature,
                 unsandboxed=unsandboxed,
                 tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+                max_tokens=max_tokens,
+                judging=None if judge is None else Judging(judge, judge_url, judge_prompts, pairs, against),
                 out=out,
                 overwrite=overwrite,
             )
