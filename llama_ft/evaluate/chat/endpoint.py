@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -37,8 +37,8 @@ class Reply:
 class Endpoint:
     """An open judge. `version`: what the endpoint calls the model that answers, which must stay the same."""
 
-    def __init__(self, client: Any, model: str, version: str, spoken: dict[str, Any]):
-        self.client, self.model, self.version, self.spoken = client, model, version, spoken
+    def __init__(self, key: str, url: str, model: str, version: str, spoken: dict[str, Any]):
+        self.key, self.url, self.model, self.version, self.spoken = key, url, model, version, spoken
 
     @classmethod
     def open(cls, model: str, url: str | None) -> Endpoint:
@@ -56,9 +56,8 @@ class Endpoint:
         if not key and url is None:
             hint = "set OPENAI_API_KEY, name an endpoint of your own with --judge-url, or the folder of a reward model"
             raise UserError(f"no key to ask the judge '{model}' with", key="--judge", hint=hint)
-        client = openai.OpenAI(api_key=key or "none", base_url=url, max_retries=TRIES, timeout=SECONDS)
-        quick = client.with_options(max_retries=1, timeout=60.0)
-        where = str(client.base_url).rstrip("/")
+        quick = openai.OpenAI(api_key=key or "none", base_url=url, max_retries=1, timeout=60.0)
+        where = str(quick.base_url).rstrip("/")
         refusal = ""
         for spoken in SPOKEN:
             try:
@@ -76,7 +75,7 @@ class Endpoint:
             except openai.APIError as error:
                 raise MachineFault(f"the judge at {where} cannot judge: {error.message}") from error
             else:
-                return cls(client, model, str(said.model), spoken)
+                return cls(key or "none", where, model, str(said.model), spoken)
         raise UserError(f"{where} takes no request to '{model}': {refusal}", key="--judge")
 
     def ask(self, requests: Sequence[list[dict[str, str]]], tick: Callable[[int], None]) -> list[Reply]:
@@ -84,24 +83,35 @@ class Endpoint:
 
         MachineFault when it stops answering; UserError when another version of it answers than at first.
         """
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            waiting = [pool.submit(self._one, messages) for messages in requests]
-            found = []
-            try:
-                for one in waiting:
-                    found.append(one.result())
-                    tick(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return found
+        return asyncio.run(self._all(requests, tick))
 
-    def _one(self, messages: list[dict[str, str]]) -> Reply:
+    async def _all(self, requests: Sequence[list[dict[str, str]]], tick: Callable[[int], None]) -> list[Reply]:
+        import openai
+
+        room = asyncio.Semaphore(AT_ONCE)
+        async with openai.AsyncOpenAI(
+            api_key=self.key, base_url=self.url, max_retries=TRIES, timeout=SECONDS
+        ) as client:
+
+            async def one(messages: list[dict[str, str]]) -> Reply:
+                async with room:
+                    reply = await self._one(client, messages)
+                tick(1)
+                return reply
+
+            waiting = [asyncio.create_task(one(messages)) for messages in requests]
+            try:
+                return list(await asyncio.gather(*waiting))
+            finally:  # the first that fails, and Ctrl-C, end all of them at once
+                for task in waiting:
+                    task.cancel()
+
+    async def _one(self, client: Any, messages: list[dict[str, str]]) -> Reply:
         import openai
 
         kept = "what is judged is kept, the same command goes on"
         try:
-            said: Any = self.client.chat.completions.create(model=self.model, messages=messages, **self.spoken)
+            said: Any = await client.chat.completions.create(model=self.model, messages=messages, **self.spoken)
         except openai.BadRequestError as error:  # of these words alone: too long for it, or kept out by a filter
             return Reply("", error.message)
         except openai.APIError as error:
