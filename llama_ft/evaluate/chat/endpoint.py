@@ -78,14 +78,14 @@ class Endpoint:
                 return cls(key or "none", where, model, str(said.model), spoken)
         raise UserError(f"{where} takes no request to '{model}': {refusal}", key="--judge")
 
-    def ask(self, requests: Sequence[list[dict[str, str]]], tick: Callable[[int], None]) -> list[Reply]:
-        """The judge's words to each request (messages), in order; `tick` is told of each as it comes.
+    def ask(self, requests: Sequence[list[dict[str, str]]], came: Callable[[int], None]) -> list[Reply]:
+        """The judge's words to each request (messages), in order; `came` is told the number of each when it is there.
 
         MachineFault when it stops answering; UserError when another version of it answers than at first.
         """
-        return asyncio.run(self._all(requests, tick))
+        return asyncio.run(self._all(requests, came))
 
-    async def _all(self, requests: Sequence[list[dict[str, str]]], tick: Callable[[int], None]) -> list[Reply]:
+    async def _all(self, requests: Sequence[list[dict[str, str]]], came: Callable[[int], None]) -> list[Reply]:
         import openai
 
         room = asyncio.Semaphore(AT_ONCE)
@@ -93,13 +93,13 @@ class Endpoint:
             api_key=self.key, base_url=self.url, max_retries=TRIES, timeout=SECONDS
         ) as client:
 
-            async def one(messages: list[dict[str, str]]) -> Reply:
+            async def one(number: int, messages: list[dict[str, str]]) -> Reply:
                 async with room:
                     reply = await self._one(client, messages)
-                tick(1)
+                came(number)
                 return reply
 
-            waiting = [asyncio.create_task(one(messages)) for messages in requests]
+            waiting = [asyncio.create_task(one(*each)) for each in enumerate(requests)]
             try:
                 return list(await asyncio.gather(*waiting))
             finally:  # the first that fails, and Ctrl-C, end all of them at once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,20 +116,26 @@ class TextJudge:
     def opinions(self, cases: Sequence[Case], tick: Tick) -> list[list[Opinion]]:
         """See Judge. A pair is won where both orders say so; where they do not agree it is a tie, as in FastChat."""
         requests: list[list[dict[str, str]]] = []
-        for case in cases:
-            for turn in range(case.judged):
-                requests += self._requests(case, turn)
-        replies = iter(self.endpoint.ask(requests, lambda more: None))
-        found = []
-        for case in cases:
-            found.append(
-                [
-                    _grade(next(replies)) if case.others is None else _verdict(next(replies), next(replies))
-                    for _ in range(case.judged)
-                ]
-            )
-            tick(1)
-        return found
+        owners: list[int] = []
+        for number, case in enumerate(cases):
+            own = [request for turn in range(case.judged) for request in self._requests(case, turn)]
+            requests += own
+            owners += [number] * len(own)
+        left = Counter(owners)
+
+        def came(request: int) -> None:
+            left[owners[request]] -= 1
+            if not left[owners[request]]:
+                tick(1)
+
+        replies = iter(self.endpoint.ask(requests, came))
+        return [
+            [
+                _grade(next(replies)) if case.others is None else _verdict(next(replies), next(replies))
+                for _ in range(case.judged)
+            ]
+            for case in cases
+        ]
 
     def _requests(self, case: Case, turn: int) -> list[list[dict[str, str]]]:
         """What a turn is judged by: one request for a grade, two for a pair."""

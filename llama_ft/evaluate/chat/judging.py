@@ -22,7 +22,7 @@ from llama_ft.evaluate.suites import Context
 if TYPE_CHECKING:
     from llama_ft.evaluate.subject import Subject
 
-AT_ONCE = 16
+AT_ONCE = 8
 """Questions that are judged and kept together: what a kill can cost."""
 UNREAD, SWAYED = "verdicts that say nothing", "verdicts that follow the order"
 
