@@ -65,11 +65,16 @@ class Code:
         if not files:
             hint = "--data HumanEval.jsonl.gz (openai/human-eval) or --data mbpp.jsonl (google-research)"
             problems.append(Problem("suite code needs a file of HumanEval or MBPP", key="--data", hint=hint))
+        seen: dict[str, str] = {}
         for name, kind in files:
             try:
-                read_tasks(name, kind)
+                twice = [task.id for task in read_tasks(name, kind) if seen.setdefault(task.id, name) != name]
             except UserError as error:
                 problems += error.problems
+                continue
+            if twice:
+                what = f"{name} and {seen[twice[0]]} hold the same tasks ({twice[0]}, {len(twice)} in all)"
+                problems.append(Problem(what, key="--data", hint="measure them one after the other"))
         try:
             Sandbox(1, bare=context.unsandboxed, hint=UNSANDBOXED).close()
         except UserError as error:
@@ -91,6 +96,8 @@ class Code:
             max_tokens=MAX_TOKENS,
             seconds=SECONDS,
             asked="chat" if chat else "completion",
+            template=subject.renderer.template.sha256[:16] if chat else None,
+            system=subject.system if chat else None,
             walls=not context.unsandboxed,
             python=platform.python_version(),
             files={Path(name).name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name, _ in files},

@@ -78,7 +78,7 @@ def _defines(code: str, name: str) -> bool:
 def kind_of(path: str) -> Kind | None:
     """Which of the two a file of JSON lines holds, packed with gzip or not; None for any other file."""
     try:
-        with _open(path) as file:
+        with open_text(path) as file:
             first = json.loads(next(line for line in file if line.strip()))
     except (OSError, EOFError, ValueError, StopIteration):
         return None
@@ -112,13 +112,14 @@ def read_tasks(path: str, kind: Kind) -> list[Task]:
     return [_mbpp(row, shown) for row in asked or (row for row in rows if row["task_id"] not in MBPP_SHOTS)]
 
 
-def _open(path: str) -> Any:
+def open_text(path: str) -> Any:
+    """A file of UTF-8 text to read, packed with gzip or not."""
     return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else Path(path).open(encoding="utf-8")
 
 
 def _rows(path: str, problems: list[Problem]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with _open(path) as file:
+        with open_text(path) as file:
             for place, line in enumerate(file):
                 if line.strip():
                     row = json.loads(line)

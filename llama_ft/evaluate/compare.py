@@ -1,4 +1,5 @@
-"""`llama-ft compare`: finished, broken or running runs side by side, from what lies in their folders."""
+"""`llama-ft compare`: finished, broken or running runs side by side, and models that were evaluated by themselves, from
+what lies in their folders."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.errors import Problem, UserError
-from llama_ft.evaluate.compare_scores import read_scores, score_rows
+from llama_ft.evaluate.compare_scores import Scored, read_scores, result_files, score_rows
 from llama_ft.evaluate.compare_table import lines
 from llama_ft.evaluate.result import SuiteResult
 from llama_ft.evaluate.sweep_rank import LAST, Result, other_ground, result_of, shown
@@ -20,7 +21,7 @@ from llama_ft.train.page.gather import ReportView, gather
 from llama_ft.train.page.html import duration, loss
 
 MOST = 26
-"""Runs in one comparison: each has a letter."""
+"""Sides of one comparison: each has a letter."""
 SWEEP = "sweep.json"
 IN_NATS = ("pretrain", "sft", "rejection_sampling")
 """Objectives whose loss is nats per labelled token."""
@@ -32,7 +33,7 @@ SURROUNDINGS = ("device", "compute_dtype", "engine", "world_size", "micro_batch"
 
 @dataclass
 class Side:
-    """One run: its letter, its name, and what its folder holds."""
+    """One run: its letter, its name, and what its folder holds. alone: a model by itself, which has results only."""
 
     letter: str
     name: str
@@ -42,10 +43,13 @@ class Side:
     recipe: dict[str, Value] = field(default_factory=dict)
     scored: list[SuiteResult] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    alone: bool = False
 
     @property
     def state(self) -> str:
         """How the run stands, in words."""
+        if self.alone:
+            return "a model by itself"
         state = "under way, or killed" if self.result.state == "running" else self.result.state
         steps = f"{self.result.steps:,} steps"
         return f"{state}, {steps}" if self.view.status else steps
@@ -55,22 +59,33 @@ class Side:
 class Comparison:
     """Runs in the order in which they were named. The first is what evaluations of the others are held against.
 
-    Parts are rows of cells, the first of them the heads.
+    Parts are rows of cells, the first of them the heads. A model by itself is in the evaluations alone.
     """
 
     sides: list[Side]
+
+    @property
+    def runs(self) -> list[Side]:
+        """The sides that were trained."""
+        return [side for side in self.sides if not side.alone]
+
+    @property
+    def named(self) -> str:
+        """What stands side by side, in words."""
+        models = len(self.sides) - len(self.runs)
+        counts = ((len(self.runs), "run"), (models, "model"))
+        return " and ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
 
     @cached_property
     def different(self) -> dict[str, list[Value | None]]:
         """Each key in which the recipes do not all agree, with its value in each of them."""
         found: dict[str, list[Value | None]] = {}
-        first = self.sides[0].recipe
-        for side in self.sides[1:]:
-            for one in differences(first, side.recipe):
+        for side in self.runs[1:]:
+            for one in differences(self.runs[0].recipe, side.recipe):
                 found.setdefault(one.key, [])
-        sections = list(dict.fromkeys(key.partition(".")[0] for side in self.sides for key in side.recipe))
+        sections = list(dict.fromkeys(key.partition(".")[0] for side in self.runs for key in side.recipe))
         keys = sorted(found, key=lambda key: sections.index(key.partition(".")[0]))
-        return {key: [side.recipe.get(key) for side in self.sides] for key in keys if key not in UNTOLD}
+        return {key: [side.recipe.get(key) for side in self.runs] for key in keys if key not in UNTOLD}
 
     @property
     def in_nats(self) -> bool:
@@ -80,18 +95,18 @@ class Comparison:
     def counted(self) -> str:
         """How many keys differ, in words."""
         count = len(self.different)
-        return "equal" if not count else f"{count} {'key differs' if count == 1 else 'keys differ'}"
+        return f"{count} {'key differs' if count == 1 else 'keys differ'}"
 
     def recipes(self) -> list[list[str]]:
         """Key by key, what each recipe says."""
         rows = [[key, *("-" if one is None else str(one) for one in cells)] for key, cells in self.different.items()]
-        return [["key", *(side.letter for side in self.sides)], *rows]
+        return [["key", *(side.letter for side in self.runs)], *rows]
 
     def losses(self) -> list[list[str]]:
         """Run by run: the held-out loss before and after, the lowest, the training loss, what it took."""
         heads = ["run", "held-out before", "after", "lowest, at step", "training", "steps", "tokens", "time"]
         rows = [heads]
-        for side in self.sides:
+        for side in self.runs:
             held, found = side.view.series("eval_loss"), side.result
             before = f"{held[0][1]:.4f}" if held and held[0][0] == 0 else "-"
             lowest = "-" if found.best is None else f"{loss(found.best)}, {found.best_step}"
@@ -112,8 +127,8 @@ class Comparison:
 
     def surroundings(self) -> list[list[str]]:
         """What the locks say otherwise than one another: device, engine, how steps were cut, versions."""
-        rows = [["of the lock", *(side.letter for side in self.sides)]]
-        locks = [side.view.lock for side in self.sides]
+        rows = [["of the lock", *(side.letter for side in self.runs)]]
+        locks = [side.view.lock for side in self.runs]
         tables = [_map(lock.get("versions")) for lock in locks]
         for key in SURROUNDINGS:
             rows.append([key, *(str(lock.get(key, "-")) for lock in locks)])
@@ -122,8 +137,8 @@ class Comparison:
         return [rows[0], *(row for row in rows[1:] if len(set(row[1:])) > 1)]
 
     def evaluations(self) -> list[list[str]]:
-        """Score by score, each run's value, and its difference from the first run's."""
-        return score_rows([(side.letter, side.scored) for side in self.sides])
+        """Score by score, each side's value, and its difference from the first one's."""
+        return score_rows([Scored(side.letter, side.scored, side.alone) for side in self.sides])
 
     def samples(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """Questions that more than one run was asked, with (who, answer): equal answers share a line."""
@@ -148,7 +163,7 @@ class Comparison:
     def notes(self) -> list[str]:
         """What a reader must know of the comparison."""
         losses = "losses in nats per labelled token" if self.in_nats else "losses as each objective defines them"
-        said = [f"training: the mean loss over the last 1/{LAST} of the steps; {losses}"]
+        said = [f"training: the mean loss over the last 1/{LAST} of the steps; {losses}"] if self.runs else []
         keys = other_ground(list(self.different), any(side.result.holdout for side in self.sides))
         if keys:
             said.append(f"held-out losses are of different rows, tokens or aims where {', '.join(keys)} differs")
@@ -165,7 +180,10 @@ def _map(value: Any) -> dict[str, Any]:
 
 
 def compare_runs(names: Sequence[str]) -> Comparison:
-    """Opens runs, and the runs of sweeps. UserError with every name that is none, and for fewer than two runs."""
+    """Opens runs, the runs of sweeps, and models that were evaluated by themselves.
+
+    UserError with every name that is none of these, and for fewer than two.
+    """
     problems: list[Problem] = []
     runs: list[Run] = []
     for name in names:
@@ -187,7 +205,8 @@ def compare_runs(names: Sequence[str]) -> Comparison:
 
 
 def runs_of(name: str) -> list[Run]:
-    """The run of a name, or all runs of a sweep's folder that began, in the order of its ranking."""
+    """The run of a name, all runs of a sweep's folder that began, in the order of its ranking, or the folder that holds
+    the results of a model by itself."""
     for folder in (Path(name), Path("runs", name)):
         file = folder / SWEEP
         if not file.is_file():
@@ -198,20 +217,32 @@ def runs_of(name: str) -> list[Run]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the list of the sweep's runs cannot be read: {error}", where=str(file)) from error
         return [run for run in found if run.recipe_file.is_file()]
-    return [Run.open(name)]
+    try:
+        return [Run.open(name)]
+    except UserError:
+        for folder in (Path(name), Path("runs", name)):
+            if result_files(folder / "eval"):
+                return [Run(folder.resolve())]
+        raise
 
 
 def open_one(letter: str, name: str, run: Run) -> Side:
-    """Reads a run folder; what is damaged is named in the notes and otherwise left out."""
+    """Reads a run folder; what is damaged is named in the notes and otherwise left out. UserError where the results of
+    several models lie in one folder."""
     view = gather(run)
-    side = Side(letter, name, run, view, result_of(run))
-    try:
-        side.recipe = values(open_side(str(run.path)))
-    except UserError:
-        if run.recipe_file.name not in view.unreadable:
-            side.unreadable.append(run.recipe_file.name)
+    side = Side(letter, name, run, view, result_of(run), alone=not run.recipe_file.is_file())
+    if not side.alone:
+        try:
+            side.recipe = values(open_side(str(run.path)))
+        except UserError:
+            if run.recipe_file.name not in view.unreadable:
+                side.unreadable.append(run.recipe_file.name)
     side.scored, damaged = read_scores(run.path / "eval")
     side.unreadable += damaged
+    models = list(dict.fromkeys(result.subject for result in side.scored)) if side.alone else []
+    if len(models) > 1:
+        hint = "measure each into a folder of its own: llama-ft eval MODEL --out FOLDER"
+        raise UserError(f"results of several models: {', '.join(models)}", where=str(run.path / "eval"), hint=hint)
     return side
 
 

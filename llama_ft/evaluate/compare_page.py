@@ -42,7 +42,6 @@ def write_page(found: Comparison, target: Path) -> Path:
 
 def page(found: Comparison) -> str:
     """The whole page."""
-    count = len(found.sides)
     states = facts(((f"{side.letter} {safe(side.name)}", safe(side.state)) for side in found.sides), "settings")
     parts = [
         ("runs", "Runs", runs(found)),
@@ -54,9 +53,9 @@ def page(found: Comparison) -> str:
     ]
     return whole_page(
         HERE,
-        title=f"{count} runs side by side",
+        title=f"{found.named} side by side",
         header=f"""<a class="skip" href="#content">Skip to the content</a>
-<header class="page"><p class="kind">llama-ft compare</p><h1>{count} runs side by side</h1>
+<header class="page"><p class="kind">llama-ft compare</p><h1>{found.named} side by side</h1>
 {states}</header>""",
         notes="",
         sections=parts,
@@ -66,7 +65,8 @@ def page(found: Comparison) -> str:
 def runs(found: Comparison) -> str:
     """Losses and costs, run by run, and what to know of them."""
     notes = "".join(f"<li>{safe(note)}</li>" for note in found.notes())
-    return section("runs", "Runs", "", rows_html("Runs", found.losses()) + f'<ul class="notes">{notes}</ul>')
+    losses = rows_html("Runs", found.losses()) if found.runs else ""
+    return section("runs", "Runs", "", losses + (f'<ul class="notes">{notes}</ul>' if notes else ""))
 
 
 def curves(found: Comparison) -> str:
@@ -83,7 +83,8 @@ def curves(found: Comparison) -> str:
 def recipes(found: Comparison) -> str:
     """The keys in which the recipes differ."""
     rows = found.recipes()
-    body = rows_html("Recipes", rows) if len(rows) > 1 else "<p>The recipes are equal.</p>"
+    equal = "<p>The recipes are equal.</p>" if len(found.runs) > 1 else ""
+    body = rows_html("Recipes", rows) if len(rows) > 1 else equal
     return section("recipes", "Recipes", "", body)
 
 

@@ -1,26 +1,36 @@
-"""RUN/eval/SUITE-SUBJECT.json of several runs as one table: values with intervals, differences paired by item."""
+"""eval/SUITE-SUBJECT.json of several runs and models as one table: values, intervals, differences paired by item."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from llama_ft.errors import UserError
-from llama_ft.evaluate.result import Score, SuiteResult, compared
-from llama_ft.evaluate.table import cell, difference, gap
+from llama_ft.evaluate.result import Score, SuiteResult
+from llama_ft.evaluate.table import cell, delta
 
 OTHERS = ("samples.json", "accuracy.json")
 """What training leaves in eval/."""
-OF_THE_SUBJECT = ("weights", "computed_in")
-"""Settings that say who was asked; all others say what."""
+
+
+class Scored(NamedTuple):
+    """What was measured of one side. alone: a model by itself, whose one subject has a name of its own."""
+
+    letter: str
+    results: Sequence[SuiteResult]
+    alone: bool = False
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The files of an eval/ folder that should be results."""
+    return [path for path in sorted(folder.glob("*.json")) if path.name not in OTHERS]
 
 
 def read_scores(folder: Path) -> tuple[list[SuiteResult], list[str]]:
     """The results of a run's eval/ folder, and the names of files there that are none."""
     found, damaged = [], []
-    for path in sorted(folder.glob("*.json")):
-        if path.name in OTHERS:
-            continue
+    for path in result_files(folder):
         try:
             found.append(SuiteResult.read(path))
         except UserError:
@@ -28,47 +38,48 @@ def read_scores(folder: Path) -> tuple[list[SuiteResult], list[str]]:
     return found, damaged
 
 
-def score_rows(sides: Sequence[tuple[str, Sequence[SuiteResult]]]) -> list[list[str]]:
-    """Heads, then suite by suite and subject by subject a row per score: each run's value and its interval.
+def score_rows(sides: Sequence[Scored]) -> list[list[str]]:
+    """Heads, then suite by suite and subject by subject a row per score: each side's value and its interval.
 
-    sides: (letter, results) of each run. Of every run but the first that has a score, the cell goes on with the
-    difference from that one: paired over the items that both answered, and judged where its interval does not hold 0.
+    A model by itself stands in the rows of every subject, so that `tuned` of a run is held against it. Of every side
+    but the first that has a score, the cell goes on with the difference from that one: paired over the items that both
+    answered, and judged where its interval does not hold 0.
     """
-    rows = [["suite, of, score", *(letter for letter, _ in sides)]]
-    keys = dict.fromkeys(
-        (result.suite, result.subject, score.name)
-        for _, results in sides
-        for result in results
-        for score in result.scores
-    )
-    for suite, subject, name in keys:
+    rows = [["suite, of, score", *(side.letter for side in sides)]]
+    for suite, subject, name in _keys(sides):
         cells: list[str] = []
         first: SuiteResult | None = None
-        for _, results in sides:
-            result, score = _of(results, suite, subject, name)
+        for side in sides:
+            result, score = _of(side, suite, subject, name)
             if result is None or score is None:
                 cells.append("-")
                 continue
-            cells.append(cell(score) + (f"; Δ {delta(first, result, score)}" if first is not None else ""))
+            less = "" if first is None else delta(first, result, score)
+            cells.append(cell(score) + (f"; Δ {less}" if less else ""))
             first = first or result
         rows.append([f"{suite}, {subject}, {name}", *cells])
     return rows
 
 
-def _of(results: Sequence[SuiteResult], suite: str, subject: str, name: str) -> tuple[SuiteResult | None, Score | None]:
-    for result in results:
-        if (result.suite, result.subject) == (suite, subject):
+def _keys(sides: Sequence[Scored]) -> list[tuple[str, str, str]]:
+    """(suite, subject, score) of every row. What only models by themselves were asked is of `model`."""
+    trained = {result.suite for side in sides if not side.alone for result in side.results}
+    names: dict[tuple[str, str], dict[str, None]] = {}
+    models: dict[str, dict[str, None]] = {}
+    for side in sides:
+        for result in side.results:
+            own = dict.fromkeys(score.name for score in result.scores)
+            if not side.alone or result.suite not in trained:
+                names.setdefault((result.suite, "model" if side.alone else result.subject), {}).update(own)
+            if side.alone:
+                models.setdefault(result.suite, {}).update(own)
+    return [
+        (suite, subject, name) for (suite, subject), own in names.items() for name in {**own, **models.get(suite, {})}
+    ]
+
+
+def _of(side: Scored, suite: str, subject: str, name: str) -> tuple[SuiteResult | None, Score | None]:
+    for result in side.results:
+        if result.suite == suite and (side.alone or result.subject == subject):
             return result, result.score(name)
     return None, None
-
-
-def delta(first: SuiteResult, other: SuiteResult, score: Score) -> str:
-    """The other's score less the first's, with its interval; why there is none, where they cannot be paired."""
-    asked = first.settings.keys() | other.settings.keys()
-    otherwise = sorted(
-        key for key in asked if key not in OF_THE_SUBJECT and first.settings.get(key) != other.settings.get(key)
-    )
-    if otherwise:
-        return f"none: asked otherwise ({', '.join(otherwise)})"
-    found = compared(first, other, first.settings.get("seed", 0)).get(score.name)
-    return "none: no items in common" if found is None else difference(gap(found, score.better), score.unit)

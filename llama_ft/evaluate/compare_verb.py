@@ -11,7 +11,12 @@ from llama_ft.errors import user_facing
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run folders, or the folder of a sweep.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN...", help="Run folders, the folder of a sweep, or of a model that was evaluated."
+        ),
+    ],
     html: Annotated[Path | None, typer.Option(help="Write one HTML page instead, to open in a browser.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

@@ -33,7 +33,9 @@ class HeldOut:
     def run(self, subject: Subject, context: Context) -> SuiteResult:
         """Measures one subject; see suites.Suite."""
         documents = held_out(subject, context)
-        settings = context.settings(self.name, subject, documents=len(documents))
+        settings = context.settings(
+            self.name, subject, documents=len(documents), template=template_of(subject, documents)
+        )
         rows = context.items(subject, settings, "held-out documents", documents, measure(subject))
         sources = list(dict.fromkeys(one.source for one in documents))
         if len(sources) > 1:
@@ -43,6 +45,11 @@ class HeldOut:
         leaks = context.leaks({one.id: one.asked for one in documents})
         seconds = context.seconds(self.name, subject)
         return SuiteResult(self.name, subject.name, scores, rows, settings, seconds, leaks)
+
+
+def template_of(subject: Subject, documents: Sequence[Held]) -> str | None:
+    """What tells the templates of two subjects apart, by whatever name they go; None where documents are mere text."""
+    return subject.renderer.template.sha256[:16] if any(one.turns for one in documents) else None
 
 
 def held_out_problems(context: Context, suite: str) -> list[Problem]:

@@ -28,10 +28,10 @@ def find_leaks(
 ) -> dict[str, Any]:
     """What of `prompts` (id -> text) the training rows hold, as SuiteResult.leaks keeps it.
 
-    {"prompts", "rows": training rows that were read, "leaked": how many prompts one of them holds, "ids": which,
-    "where": the first few as {"id", "row": `file, row N`, "share" of the prompt's words}}. Rows that were held out, or
-    dropped as copies, are not training rows. `sampled` says that a streamed run's first rows alone were read; where
-    rows cannot be read any more there is `unknown`, the reason, and no count.
+    {"prompts": those with a word to look for, "rows": training rows that were read, "leaked": how many prompts one of
+    them holds, "ids": which, "where": the first few as {"id", "row": `file, row N`, "share" of the prompt's words}}.
+    Rows that were held out, or dropped as copies, are not training rows. `sampled` says that a streamed run's first
+    rows alone were read; where rows cannot be read any more there is `unknown`, the reason, and no count.
     """
     index = OverlapIndex()
     for name, text in prompts.items():
@@ -47,8 +47,8 @@ def find_leaks(
             if rows % ROWS == 0:
                 tick(rows)
     except UserError as error:
-        return {"prompts": len(prompts), "unknown": str(error.problems[0])}
-    leaks = {"prompts": len(prompts), "rows": rows, "leaked": len(found)}
+        return {"prompts": len(index), "unknown": str(error.problems[0])}
+    leaks = {"prompts": len(index), "rows": rows, "leaked": len(found)}
     worst = sorted(found.values(), key=lambda one: (-one["share"], one["id"]))
     return {
         **leaks,

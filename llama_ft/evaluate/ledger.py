@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama_ft.errors import Problem, UserError, user_facing
 from llama_ft.files import write_text
 from llama_ft.paths import shipped_root
+from llama_ft.recipe.nodes import Findings, Source, plain
+from llama_ft.recipe.yaml_reader import read_file
 
 Text = Annotated[str, Field(min_length=1)]
 Link = Annotated[str, Field(pattern=r"^https://\S+$")]
@@ -88,13 +89,15 @@ def read_ledger(folder: Path) -> dict[str, Entry]:
     problems: list[Problem] = []
     for path in sorted(folder.rglob("*.yaml")):
         name = path.relative_to(folder).with_suffix("").as_posix()
+        findings = Findings()
+        tree = read_file(path, Source(str(path), 0, path.parent), findings)
+        problems += findings.problems()
+        if tree is None:
+            continue
         try:
-            found[name] = entry = Entry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            found[name] = entry = Entry.model_validate(plain(tree))
         except ValidationError as error:
             problems += [_problem(path, detail) for detail in error.errors()]
-            continue
-        except yaml.YAMLError as error:
-            problems.append(Problem(f"this is no YAML: {' '.join(str(error).split())}", str(path)))
             continue
         if not entry.measured and entry.needs is None:
             what = "neither a figure of ours nor what a run would need"

@@ -112,5 +112,5 @@ def anchor(name: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text in a table's cell."""
-    return text.replace("|", "\\|")
+    """Text in a table's cell, which ends with its line."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -17,6 +17,7 @@ from llama_ft.data.problems import Problems
 from llama_ft.data.render import MASKED, Renderer
 from llama_ft.data.sources import Source, open_sources
 from llama_ft.errors import Problem, UserError, did_you_mean
+from llama_ft.evaluate.code_tasks import open_text
 from llama_ft.recipe.schema import Data
 from llama_ft.recipe.schema import Sequence as Limits
 
@@ -29,7 +30,7 @@ CHOICE_KEYS = ("query", "choices", "gold")
 """Keys of a row of multiple choice, as llm-foundry writes them; `gold` is the 0-based number of the right one."""
 KINDS = (
     ("choices", set(CHOICE_KEYS)),
-    ("code", {"task_id", "prompt", "entry_point", "test"}),
+    ("code", {"task_id", "prompt", "entry_point", "canonical_solution", "test"}),
     ("code", {"task_id", "code", "test_list"}),
     ("questions", {"question_id", "turns"}),
     ("questions", {"instruction", "instances"}),
@@ -243,14 +244,23 @@ def choices(context: Context) -> list[Choice]:
 
 
 def _read_choices(path: Path, label: str, problems: list[Problem]) -> list[Choice]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    found: list[Choice] = []
+    try:
+        with open_text(str(path)) as file:  # its lines, not those that signs within a text would make
+            lines = list(file)
+    except (OSError, EOFError, ValueError) as error:
+        problems.append(Problem(f"it cannot be read: {error}", str(path)))
+        return found
+    for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
             row: dict[str, Any] = json.loads(line)
             one = Choice(f"{label}:{number}", row["query"], tuple(row["choices"]), int(row["gold"]))
-            if not 0 <= one.gold < len(one.choices) or not all(isinstance(said, str) for said in one.choices):
+            texts = isinstance(row["choices"], list) and all(
+                isinstance(said, str) for said in [one.query, *one.choices]
+            )
+            if not texts or not 0 <= one.gold < len(one.choices):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             what = "not a row of multiple choice: query (text), choices (texts) and gold (number of the right one)"

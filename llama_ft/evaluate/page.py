@@ -68,17 +68,17 @@ def _suite(place: int, group: Sequence[SuiteResult]) -> str:
 
 
 def _answers(group: Sequence[SuiteResult]) -> str:
-    """What was answered, item by item, all subjects under one question; nothing for a suite without answers."""
+    """What was answered, item by item, all subjects under one question; nothing for items that nobody answered."""
     said: dict[str, dict[str, str]] = {}
     asked: dict[str, str] = {}
     wanted: dict[str, str] = {}
     for result in group:
         for row in result.rows:
-            if row.get("answer"):
-                item = str(row["id"])
-                said.setdefault(item, {})[result.subject] = str(row["answer"])
-                asked[item] = str(row.get("asked", ""))
-                wanted[item] = str(row.get("wanted", ""))
+            item = str(row["id"])
+            said.setdefault(item, {})[result.subject] = str(row.get("answer") or "")
+            asked[item] = str(row.get("asked", ""))
+            wanted[item] = str(row.get("wanted", ""))
+    said = {item: answers for item, answers in said.items() if any(answers.values())}
     articles = []
     for item in list(said)[:SHOWN]:
         rows = answer_row("wanted", wanted[item], "reference") if wanted[item] else ""

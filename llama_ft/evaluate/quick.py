@@ -6,6 +6,7 @@ that `--data` names are asked by likelihood.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from llama_ft.data.examples import Conversation
 from llama_ft.data.render import TemplateRefusal
 from llama_ft.data.words import words_of
 from llama_ft.errors import Problem
-from llama_ft.evaluate.heldout import HITS, NLL, held_out_problems, measure
+from llama_ft.evaluate.heldout import HITS, NLL, held_out_problems, measure, template_of
 from llama_ft.evaluate.material import Choice, Held, choices, data_problems, drawn, held_out, holds_choices
 from llama_ft.evaluate.result import SuiteResult, scored
 from llama_ft.evaluate.suites import Context
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 DOCUMENTS, PROMPTS, CHOICES = 48, 24, 100
 """Items of each part, where --limit gives no number: two minutes of a CPU core for SmolLM2-135M and a run of it."""
 MAX_TOKENS = 128
+CHOSEN = ": multiple choice"
+"""How the names of scores end whose items are asked as they stand, in no template."""
 SHORT = 8
 """Words of an answer up to which it can be matched."""
+_OUTER = re.compile(rf"^(?:(?!-?\.?\d)[{re.escape(string.punctuation)} ])+|[{re.escape(string.punctuation)} ]+$")
 ENDED, EXACT = "answers that end by themselves", "exact matches of short answers"
 
 
@@ -66,7 +70,8 @@ class Quick:
         documents = drawn(documents, sizes["documents"], context.seed)
         multiple = choices(context)
         multiple = [one for group in _by_file(multiple) for one in drawn(group, sizes["choices"], context.seed)]
-        settings = context.settings(self.name, subject, **sizes, max_tokens=MAX_TOKENS)
+        template = template_of(subject, documents)
+        settings = context.settings(self.name, subject, **sizes, max_tokens=MAX_TOKENS, template=template)
         rows = context.items(subject, settings, "held-out documents", documents, measure(subject))
         rows += context.items(subject, settings, "answers", questions, _answer(subject), at_once=PROMPTS)
         rows += context.items(subject, settings, "multiple choice", multiple, _choose(subject))
@@ -102,7 +107,7 @@ def _choice_scores(found: Sequence[Choice]) -> list[str]:
 
 
 def _score_name(one: Choice) -> str:
-    return f"{one.id.rpartition(':')[0]}: multiple choice"
+    return one.id.rpartition(":")[0] + CHOSEN
 
 
 def _questions(documents: Sequence[Held]) -> list[Question]:
@@ -138,8 +143,9 @@ def _answer(subject: Subject) -> Callable[[Sequence[Question], Callable[[int], N
 
 
 def same(said: str, wanted: str) -> bool:
-    """Whether two short answers say the same: letter case, outer punctuation and runs of white space apart."""
-    left, right = (" ".join(text.split()).strip(string.punctuation + " ").casefold() for text in (said, wanted))
+    """Whether two short answers say the same: letter case, outer punctuation and runs of white space apart. The sign of
+    a number, and a point that it begins with, belong to it."""
+    left, right = (_OUTER.sub("", " ".join(text.split())).casefold() for text in (said, wanted))
     return left == right
 
 

@@ -16,6 +16,9 @@ from llama_ft.files import write_json
 
 DRAWS = 2000
 """Resamples of a bootstrap: the ends of a 95 % interval then rest on 50 draws each."""
+TELLING = 6
+"""Pairs that must differ before a difference can be sure. Five all point one way by chance once in 16 (the sign test:
+2 · 2⁻⁵), which resamples of so few do not show: they are as alike as the rows."""
 _AT_ONCE = 2**22
 """Indices drawn at once, so that many rows do not fill the memory."""
 
@@ -120,10 +123,18 @@ def pair_of(value: Any) -> tuple[float, float]:
 def scored(
     rows: Sequence[dict[str, Any]], name: str, unit: str, better: Literal["higher", "lower"], seed: int = 0
 ) -> Score:
-    """The mean over all rows whose `values` hold this name, with its interval. NaN where no row does."""
+    """The mean over all rows whose `values` hold this name, with its interval. NaN where no row does.
+
+    Of a share that all rows have, or none, resamples are all alike: its interval is the exact one of the binomial
+    (Clopper and Pearson 1934), for 0 of n from 0 to 1 − 0.025^(1/n).
+    """
     pairs = [pair_of(row["values"][name]) for row in rows if name in row.get("values", {})]
     values, weights = [value for value, _ in pairs], [weight for _, weight in pairs]
-    return Score(name, mean(values, weights), *bootstrap(values, seed, weights), len(values), unit, better)
+    low, high = bootstrap(values, seed, weights)
+    if unit == "share" and set(weights) == {1.0} and set(values) in ({0.0}, {1.0}):
+        reach = 1 - 0.025 ** (1 / len(values))
+        low, high = (0.0, reach) if values[0] == 0 else (1 - reach, 1.0)
+    return Score(name, mean(values, weights), low, high, len(values), unit, better)
 
 
 def compared(left: SuiteResult, right: SuiteResult, seed: int = 0) -> dict[str, tuple[float, float, float, int]]:
@@ -152,7 +163,8 @@ def bootstrap(values: Sequence[float], seed: int = 0, weights: Sequence[float] |
     """The 95 % percentile interval of the mean of one value per row, rows drawn with replacement.
 
     weights: what the mean is weighted by; a row is drawn with its weight (a ratio of sums, as nats per token is).
-    (NaN, NaN) for no values. Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+    (NaN, NaN) for no values, and where one is no number. Efron & Tibshirani, An Introduction to the Bootstrap (1993),
+    section 13.3.
     """
     return _interval(_means(values, weights, seed))
 
@@ -162,19 +174,22 @@ def paired(
 ) -> tuple[float, float, float]:
     """(right less left, low, high): the difference of means over the same rows, which are drawn in pairs.
 
-    What makes a row hard is in both and cancels, so the interval is narrower than that of two separate samples.
-    Raises ValueError where the two are not of the same rows.
+    What makes a row hard is in both and cancels, so the interval is narrower than that of two separate samples. Where
+    fewer than TELLING rows differ it is made to hold 0. Raises ValueError where the two are not of the same rows.
     """
     if len(left) != len(right):
         raise ValueError(f"{len(left)} values against {len(right)}: pairs are of the same rows")
     gaps = np.subtract(right, left).astype(float).tolist()
-    return (mean(gaps, weights), *bootstrap(gaps, seed, weights))
+    low, high = bootstrap(gaps, seed, weights)
+    if 0 < sum(gap != 0 for gap in gaps) < TELLING:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return mean(gaps, weights), low, high
 
 
 def _means(values: Sequence[float], weights: Sequence[float] | None, seed: int) -> np.ndarray:
     """The means of DRAWS resamples, float64."""
     count = len(values)
-    if not count:
+    if not np.isfinite(values).all() or not count:  # a mean that is no number has no interval either
         return np.empty(0)
     worth = np.ones(count) if weights is None else np.asarray(weights, float)
     products = np.asarray(values, float) * worth

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from llama_ft.errors import MachineFault, Problem, UserError
@@ -28,6 +29,8 @@ STOPPED = 130
 """Exit status of a run that Ctrl-C or SIGTERM ended."""
 NEW, FINISHED, GOES_ON, ANEW = "new", "finished", "goes on", "begins again"
 """How a point stands before it is trained: `begins again` has no checkpoint, or is to be replaced."""
+TRAINER = "llama_ft.train"
+"""The module that trains, a word of its processes' command lines."""
 FLAGS = {NEW: [], GOES_ON: ["--resume"], ANEW: ["--overwrite"]}
 
 
@@ -66,6 +69,7 @@ def run_sweep(
     except OSError as error:
         raise UserError(f"the sweep's folder cannot be made: {error.strerror}", where=str(out)) from error
     with lock:
+        refuse_orphans(jobs)
         return train_all(recipe, jobs, out, flags)
 
 
@@ -131,6 +135,25 @@ def changed(run: Run, resolved: Resolved) -> list[Problem]:
         )
         for one in found
     ]
+
+
+def refuse_orphans(jobs: Sequence[Job]) -> None:
+    """UserError where a point is still being trained: a sweep that was killed leaves its training behind, and a second
+    one in the same folder would write over it."""
+    points = {(job.overrides[-1], str(Path.cwd())): job.run.path for job in jobs}
+    problems = []
+    for process in psutil.process_iter():
+        try:
+            words, place = process.cmdline(), process.cwd()
+        except (psutil.Error, OSError):  # gone by now, or another user's
+            continue
+        found = [path for (override, cwd), path in points.items() if override in words and cwd == place]
+        if found and TRAINER in words:
+            problems.append(
+                Problem(f"process {process.pid} still trains it", str(found[0]), hint=f"wait, or kill {process.pid}")
+            )
+    if problems:
+        raise UserError(problems)
 
 
 def train_all(recipe: str, jobs: Sequence[Job], out: Path, flags: Sequence[str]) -> int:

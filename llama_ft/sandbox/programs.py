@@ -12,6 +12,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +28,10 @@ from llama_ft.sandbox.walled import MEMORY, OPEN_FILES, Standing
 
 Outcome = Literal["passed", "failed", "timeout"]
 
+THREADS = 256
+"""Threads of one program. Root is bound by no limit of the kernel, and small stacks would leave room for 30,000."""
+_LOOK = 0.05
+"""Seconds between two looks at how many there are."""
 START = 60.0
 """Seconds until the walls must stand; an idle machine takes 0.02."""
 _CHILD = Path(__file__).with_name("walled.py")
@@ -53,7 +58,11 @@ def walls() -> tuple[Wall, ...]:
         Wall("system calls", stands.filtered, f"seccomp lets through what computing takes: {lost}"),
         Wall("Landlock", stands.confined, "files, TCP and signals once more, and no look into /proc"),
         Wall("namespaces", stands.apart, "user, network and IPC of its own: no rights of root outside of them"),
-        Wall("limits", True, f"{MEMORY >> 30} GiB of memory, {OPEN_FILES} open files, seconds of CPU and of the clock"),
+        Wall(
+            "limits",
+            True,
+            f"{MEMORY >> 30} GiB of memory, {OPEN_FILES} open files, {THREADS} threads, seconds of CPU and clock",
+        ),
         Wall("interpreter", True, "python -I -S: the standard library alone, empty environment, no input, no output"),
     )
 
@@ -97,16 +106,29 @@ class Sandbox:
 def run_walled(parts: Sequence[str], seconds: float, *, bare: bool = False) -> Outcome:
     """One program, see :meth:`Sandbox.run`."""
     with _started(parts, seconds, bare=bare) as started:
-        said = started.lines.next(seconds)
+        end, said = time.monotonic() + seconds, None
+        while said is None and (left := end - time.monotonic()) > 0:
+            said = started.lines.next(min(_LOOK, left))
+            if said is None and _threads(started.pid) > THREADS:
+                return "failed"
     if said is None:
         return "timeout"
     return "passed" if said == started.mark else "failed"
+
+
+def _threads(pid: int) -> int:
+    """Threads of a process; 0 where there is no /proc to tell."""
+    try:
+        return sum(1 for _ in Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True)
 class _Started:
     """`standing`: its walls; `mark`: what it says when all has run."""
 
+    pid: int
     lines: Lines
     standing: Standing
     mark: bytes
@@ -138,7 +160,7 @@ def _started(parts: Sequence[str], seconds: float, *, bare: bool) -> Iterator[_S
         first = (lines.next(START) or b"").split()
         if len(first) != 4 or first[0] != b"walled":
             raise _not_started(f"exit status {end_group(process)}")
-        yield _Started(lines, Standing(*(one == b"1" for one in first[1:])), b"%x" % (key ^ challenge))
+        yield _Started(process.pid, lines, Standing(*(one == b"1" for one in first[1:])), b"%x" % (key ^ challenge))
     finally:
         end_group(process)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama_ft.errors import UserError
-from llama_ft.evaluate import code
+from llama_ft.evaluate import code, material
 from llama_ft.evaluate.code import Code, converses, pass_at_k, prompt_ids
 from llama_ft.evaluate.code_tasks import HUMANEVAL_STOPS, Task, kind_of, read_tasks
 from llama_ft.evaluate.opening import open_model
@@ -246,3 +246,35 @@ def test_without_walls_it_says_how_to_go_on(tmp_path, human_eval, monkeypatch):
     assert "--unsandboxed" in str(problem)
     context.unsandboxed = True
     assert not Code().needs(context)
+
+
+def test_two_files_of_the_same_tasks_are_refused(tmp_path, human_eval, mbpp):
+    """Their rows have the same ids: the second file would never be asked, and each score counted twice."""
+    twin = tmp_path / "other.jsonl.gz"
+    twin.write_bytes(human_eval.read_bytes())
+    [problem] = Code().needs(Context(tmp_path, data=[str(human_eval), str(twin), str(mbpp)]))
+    assert "hold the same tasks (HumanEval/0, 164 in all)" in str(problem)
+
+
+def test_a_file_that_lacks_a_column_is_not_passed_over(tmp_path):
+    """One thing says what a file of tasks is: what one part takes for code, the other reads."""
+    path, whole = tmp_path / "stripped.jsonl", tmp_path / "whole.jsonl"
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}
+    path.write_text(json.dumps(row) + "\n")
+    assert kind_of(str(path)) is None
+    assert not holds_code(str(path))
+    whole.write_text(json.dumps({**row, "canonical_solution": "    pass\n"}) + "\n")
+    assert kind_of(str(whole)) == "HumanEval" and holds_code(str(whole))
+
+
+def holds_code(path: str) -> bool:
+    return material.kind_of(path) == "code"
+
+
+def test_the_result_says_in_which_template(model, tiny_base, human_eval, tmp_path):
+    """So that `compare` can say where two were asked in different ones."""
+    context = Context(tmp_path / "a", data=[str(human_eval)], limit=1)
+    chat = Code().run(model, context).settings
+    assert chat["template"] == model.renderer.template.sha256[:16]
+    plain = Code().run(open_model(str(tiny_base)), Context(tmp_path / "b", data=[str(human_eval)], limit=1)).settings
+    assert plain["template"] is None

@@ -231,3 +231,91 @@ def test_the_command_writes_a_page_and_prints_tables(two: list[Run], tmp_path: P
     (tmp_path / "file").write_text("")
     refused = run("--html", str(tmp_path / "file" / "page.html"))
     assert refused.returncode == 2 and "the page cannot be written" in refused.stderr
+
+
+def alone(folder: Path, values: list[float], **settings: Any) -> SuiteResult:
+    """What `llama-ft eval MODEL` leaves of a model that answered the same questions."""
+    return scored(Run(folder), values, subject="smollm2-135m", **settings)
+
+
+def test_a_model_by_itself_is_the_base_of_what_was_trained(two: list[Run], tmp_path: Path) -> None:
+    """It has no recipe, no losses and no samples; its one subject is held against every subject of a run."""
+    alone(tmp_path / "eval-model", [1.0, 0.0, 1.0, 0.0], template="own")
+    scored(two[0], [1.0, 1.0, 1.0, 1.0], template="own")
+    scored(two[1], [0.0, 0.0, 1.0, 0.0], template="other")
+    scored(two[1], [1.0, 0.0, 1.0, 0.0], template="own", subject="base")
+    found = compare_runs([str(tmp_path / "eval-model"), *(str(run.path) for run in two)])
+    assert found.sides[0].state == "a model by itself" and found.named == "2 runs and 1 model"
+    heads, tuned, base = found.evaluations()
+    assert heads[1:] == ["A", "B", "C"] and tuned[0] == "quick, tuned, accuracy" and base[0] == "quick, base, accuracy"
+    assert tuned[1] == base[1] and tuned[1].startswith("50.0% [") and "Δ" not in tuned[1]
+    assert "; Δ +50.0% [" in tuned[2] and "template" not in tuned[2]
+    assert "; Δ -25.0% [" in tuned[3] and tuned[3].endswith("], asked in another template")
+    assert base[2] == "-" and base[3].endswith("; Δ 0.0% [0.0%, 0.0%]")
+    assert found.recipes()[0] == ["key", "B", "C"] and len(found.losses()) == 3
+    assert found.surroundings()[0] == ["of the lock", "B", "C"]
+    assert not [note for note in found.notes() if "could not be read" in note]
+    assert "2 runs and 1 model side by side" in page(found) and "a model by itself" in "\n".join(lines(found))
+
+
+def test_a_model_and_one_run_have_no_recipes_to_compare(two: list[Run], tmp_path: Path) -> None:
+    alone(tmp_path / "eval-model", [1.0, 0.0])
+    found = compare_runs([str(tmp_path / "eval-model"), str(two[0].path)])
+    assert found.recipes() == [["key", "B"]] and len(found.surroundings()) == 1
+    assert "The recipes are equal" not in page(found) and "recipes" not in "\n".join(lines(found))
+
+
+def test_models_alone_are_held_against_each_other(tmp_path: Path) -> None:
+    scored(Run(tmp_path / "eval-a"), [1.0, 0.0], subject="a")
+    scored(Run(tmp_path / "eval-b"), [1.0, 1.0], subject="b")
+    found = compare_runs([str(tmp_path / "eval-a"), str(tmp_path / "eval-b")])
+    ((_, a, b),) = [row[:3] for row in found.evaluations()[1:]]
+    assert found.evaluations()[1][0] == "quick, model, accuracy" and "; Δ +50.0%" in b and "Δ" not in a
+    assert found.notes() == [] and "losses" not in "\n".join(lines(found)) and "2 models side by side" in page(found)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "key"),
+    [
+        ({"max_tokens": 128}, {"max_tokens": 512}, "max_tokens"),
+        ({"limit": 10}, {"limit": None}, "limit"),
+        ({"seed": 0}, {"seed": 1}, "seed"),
+        ({"data": {"a.jsonl": "9 1"}}, {"data": {"a.jsonl": "9 2"}}, "data"),
+        ({"files": {"a.jsonl": "9f"}}, {"files": {"a.jsonl": "8e"}}, "files"),
+    ],
+)
+def test_a_model_that_was_asked_otherwise_is_not_subtracted(
+    two: list[Run], tmp_path: Path, left: dict[str, Any], right: dict[str, Any], key: str
+) -> None:
+    alone(tmp_path / "eval-model", [1.0, 0.0], template="own", **left)
+    scored(two[0], [1.0, 0.0], template="other", **right)
+    found = compare_runs([str(tmp_path / "eval-model"), str(two[0].path)])
+    assert found.evaluations()[1][2].endswith(f"; Δ none: asked otherwise ({key})")
+
+
+def test_a_file_is_the_same_wherever_it_was_named_from(two: list[Run]) -> None:
+    scored(two[0], [1.0, 0.0], data={"x/a.jsonl": "9 1"})
+    scored(two[1], [1.0, 1.0], data={"/y/x/a.jsonl": "9 1"})
+    assert "; Δ +50.0%" in opened(*two).evaluations()[1][2]
+    scored(two[0], [1.0, 0.0], data={"a.jsonl": "9 1"}, files={"a.jsonl": "9f"}, answers="1")
+    scored(two[1], [1.0, 1.0], data={"a.jsonl": "9 2"}, files={"x/a.jsonl": "9f"}, answers="2")
+    assert "; Δ +50.0%" in opened(*two).evaluations()[1][2]
+
+
+def test_other_questions_of_the_same_number_are_no_pair(two: list[Run]) -> None:
+    """Two runs' held-out rows may come from two files of one name."""
+    scored(two[0], [1.0, 0.0, 0.0])
+    other = scored(two[1], [1.0, 1.0, 1.0])
+    other.rows[0]["asked"] = other.rows[2]["asked"] = "another question"
+    other.write(two[1].path / "eval")
+    assert opened(*two).evaluations()[1][2].endswith("; Δ +100.0% [0.0%, +100.0%], over 1 of 3 items")
+
+
+def test_results_of_several_models_in_one_folder_are_refused(two: list[Run], tmp_path: Path) -> None:
+    for name in "ab":
+        scored(Run(tmp_path / "mixed"), [1.0], subject=name)
+    with pytest.raises(UserError, match="results of several models: a, b"):
+        compare_runs([str(tmp_path / "mixed"), str(two[0].path)])
+    (tmp_path / "empty" / "eval").mkdir(parents=True)
+    with pytest.raises(UserError, match="empty is not a run"):
+        compare_runs([str(tmp_path / "empty"), str(two[0].path)])

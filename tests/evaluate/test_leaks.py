@@ -72,6 +72,29 @@ def test_one_row_can_hold_several_prompts():
     assert index.find_all("nothing") == []
 
 
+def test_prompts_without_a_word_are_not_counted_as_clean(prepared):
+    """Nothing can be looked for in them."""
+    leaks = find_leaks({"same": LONG, "empty": "", "signs": "?! 🦙", "thai": "ช่วยอธิบายวิธีการทำอาหาร"}, prepared)
+    assert (leaks["prompts"], leaks["ids"]) == (2, ["same"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ช่วยอธิบายวิธีการทำอาหารไทยแบบง่ายๆ ให้ฉันหน่อย",
+        "कृपया मुझे बताइए कि भारत की राजधानी क्या है",
+        "ما هي عاصمة فرنسا وكم عدد سكانها؟",
+        "请解释一下量子力学的基本原理，并举例说明。",
+        "តើរាជធានីនៃប្រទេសបារាំងគឺជាអ្វី?",
+    ],
+)
+def test_other_scripts_are_looked_for_too(text):
+    index = OverlapIndex()
+    index.add(text, "here")
+    assert index.find_all(f"He asks: {text} Yes.") == [("here", 1.0)]
+    assert index.find_all(text[: len(text) // 3]) == []
+
+
 def test_rows_that_are_gone_are_told_and_stop_nothing(prepared, tmp_path):
     (tmp_path / "rows.jsonl").unlink()
     leaks = find_leaks({"same": LONG}, prepared)

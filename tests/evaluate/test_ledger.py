@@ -13,6 +13,7 @@ import yaml
 from llama_ft.errors import UserError
 from llama_ft.evaluate import ledger
 from llama_ft.evaluate.ledger import Entry, page, read_ledger
+from llama_ft.evaluate.ledger_page import cell
 from llama_ft.plan.commands import plan_recipe
 from llama_ft.recipe import load_recipe
 from llama_ft.recipe.extends import shipped_recipes
@@ -85,9 +86,12 @@ def test_every_mistake_of_every_file_is_told_at_once(tmp_path: Path) -> None:
     (folder / "c.yaml").write_text("published: [{what: score, value: '1', source: a friend}]\nneeds: {hardware: x}\n")
     (folder / "d.yaml").write_text("[unclosed\n")
     (folder / "e.yaml").write_text(MEASURED)
+    (folder / "f.yaml").write_text(MEASURED + "measured: []\n")
+    (folder / "g.yaml").write_bytes(b"note: \xff\n")
+    (folder / "h.yaml").write_text(MEASURED.replace("2026-11-22", "2026-13-45"))
     with pytest.raises(UserError) as caught:
         read_ledger(folder)
-    told = [(Path(str(problem.where)).name, problem.key) for problem in caught.value.problems]
+    told = [(Path(str(problem.where)).name.partition(":")[0], problem.key) for problem in caught.value.problems]
     assert told == [
         ("a.yaml", "measurd"),
         ("b.yaml", "needs"),
@@ -95,7 +99,12 @@ def test_every_mistake_of_every_file_is_told_at_once(tmp_path: Path) -> None:
         ("c.yaml", "needs.hours"),
         ("d.yaml", None),
         ("e.yaml", "evidence"),
+        ("f.yaml", "measured"),
+        ("f.yaml", "evidence"),
+        ("g.yaml", None),
+        ("h.yaml", "measured.0.date"),
     ]
+    assert "measured is given twice" in str(caught.value), "else the first figures would be gone without a word"
 
 
 def test_a_figure_of_ours_stands_in_its_evidence(entries: dict[str, Entry]) -> None:
@@ -163,3 +172,28 @@ def test_it_is_not_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.M
 def test_files_are_written_as_people_write_them() -> None:
     for path in FOLDER.rglob("*.yaml"):
         assert yaml.safe_load(path.read_text()) and "\t" not in path.read_text()
+
+
+def test_the_check_tells_a_page_that_is_out_of_step(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page_file = copied.parent / "docs" / "reproductions.md"
+    (copied.parent / "docs").unlink()
+    page_file.parent.mkdir()
+    for name in {one.evidence for entry in read_ledger(FOLDER).values() for one in entry.measured}:
+        if name.startswith("docs/"):
+            (copied.parent / name).write_text("")
+    monkeypatch.setattr("sys.argv", ["ledger"])
+    ledger.main()
+    assert page_file.read_text(encoding="utf-8") == page()
+    monkeypatch.setattr("sys.argv", ["ledger", "--check"])
+    ledger.main()
+    page_file.write_text(page_file.read_text() + "more")
+    with pytest.raises(SystemExit) as left:
+        ledger.main()
+    assert left.value.code == 1 and "is out of step" in capsys.readouterr().err
+    assert page_file.read_text().endswith("more"), "it is told and not mended"
+
+
+def test_a_figure_in_two_lines_stays_in_its_cell() -> None:
+    assert cell("a |\n b") == "a \\| b"

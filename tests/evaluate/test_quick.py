@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from llama_ft.errors import UserError
 from llama_ft.evaluate.heldout import HITS, NLL
-from llama_ft.evaluate.material import Choice, choices, holds_choices, holds_documents
+from llama_ft.evaluate.material import Choice, _read_choices, choices, holds_choices, holds_documents
 from llama_ft.evaluate.opening import open_model
 from llama_ft.evaluate.quick import ENDED, EXACT, SUITE, _choose, same, split_choices
 from llama_ft.evaluate.suites import Context
@@ -73,7 +75,16 @@ def test_short_answers_are_matched(subjects, tiny_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("said", "wanted", "equal"),
-    [("Paris.", "paris", True), (" 4 \n", "4", True), ("New  York", "new york!", True), ("5", "4", False)],
+    [
+        *(("Paris.", "paris", True), (" 4 \n", "4", True), ("New  York", "new york!", True), ("5", "4", False)),
+        *(
+            ("5", "-5", False),
+            (".5", "5", False),
+            ('"-5".', "-5", True),
+            ("- **Paris**", "paris", True),
+            ("?!", "", True),
+        ),
+    ],
 )
 def test_answers_are_compared_without_case_and_outer_punctuation(said, wanted, equal):
     assert same(said, wanted) is equal
@@ -119,10 +130,35 @@ def test_arc_easy_is_read(real_data, tmp_path):
 
 def test_bad_rows_of_multiple_choice_are_all_named(tmp_path):
     good = {"query": "?", "choices": ["a", "b"], "gold": 1}
-    path = write_rows(tmp_path / "bad.jsonl", [good, {**good, "gold": 2}, good, {**good, "choices": [1, 2]}])
+    bad = [{**good, "gold": 2}, {**good, "choices": [1, 2]}, {**good, "choices": "ab"}, {**good, "query": None}]
+    path = write_rows(tmp_path / "bad.jsonl", [row for one in bad for row in (good, one)])
     with pytest.raises(UserError) as told:
         choices(Context(tmp_path, data=[path]))
-    assert [one.where.rpartition(", ")[2] for one in told.value.problems] == ["row 1", "row 3"]
+    assert [one.where.rpartition(", ")[2] for one in told.value.problems] == ["row 1", "row 3", "row 5", "row 7"]
+
+
+def test_a_file_of_multiple_choice_may_be_packed_or_damaged(tmp_path):
+    """Line separators within a text end no row; what is no UTF-8, or ends early, is told."""
+    rows = [{"query": "a\u2028b\u0085c?", "choices": ["a", "b"], "gold": 1}] * 400
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    path = str(tmp_path / "packed.jsonl.gz")
+    assert holds_choices(path)
+    found = choices(Context(tmp_path, data=[path]))
+    assert len(found) == 400 and found[0].query == rows[0]["query"]
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes((text * 200).encode() + b'{"query": "\xff"}\n')
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(random.Random(0).randbytes(200_000).hex().encode())[:-100])
+    for bad in (broken, cut):
+        with pytest.raises(UserError, match="cannot be read"):
+            _read(bad)
+
+
+def _read(path):
+    problems = []
+    _read_choices(path, "x", problems)
+    raise UserError(problems)
 
 
 def test_a_model_by_itself_needs_something_to_be_asked(tmp_path, questions, tiny_base):

@@ -244,3 +244,25 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on(small: l
     assert [(one["rank"], one["steps"]) for one in listed(out)] == [(1, 400), (2, 400)]
     steps = [json.loads(text)["step"] for text in metrics.read_text().splitlines() if '"loss"' in text]
     assert steps == list(range(1, 401)), "no step is lost and none is trained twice"
+
+
+def test_a_training_that_a_killed_sweep_left_behind_is_not_written_over(small: list[str], tmp_path: Path) -> None:
+    """kill -9 of the sweep alone: its training goes on, and the lock is free."""
+    out = tmp_path / "sweep"
+    words = [*small, "training.max_steps=4000", "training.learning_rate=1e-3,2e-3"]
+    line = [sys.executable, "-m", "llama_ft.cli", "sweep", "quickstart", *words, "--out", str(out)]
+    metrics = out / "learning_rate-1e-3" / "metrics.jsonl"
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(line, stdout=said, stderr=said, env=ENVIRONMENT, start_new_session=True)
+        try:
+            limit = time.monotonic() + 200
+            while not (metrics.exists() and '"loss"' in metrics.read_text()):
+                assert process.poll() is None and time.monotonic() < limit, (tmp_path / "said").read_text()
+                time.sleep(0.05)
+            process.kill()
+            process.wait()
+            again = sweep(out, *words)
+            assert again.returncode == 2, again.stderr
+            assert re.search(r"learning_rate-1e-3: process \d+ still trains it", again.stderr)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)

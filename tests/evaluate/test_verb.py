@@ -15,7 +15,7 @@ import pytest
 
 from llama_ft.errors import UserError
 from llama_ft.evaluate.page import page
-from llama_ft.evaluate.result import SuiteResult, scored
+from llama_ft.evaluate.result import Score, SuiteResult, scored
 from llama_ft.evaluate.run import Asked, evaluate_source
 from llama_ft.evaluate.suites import SUITES, find_suites
 from llama_ft.evaluate.table import suite_rows
@@ -35,15 +35,15 @@ def command(*arguments: str, **how) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_beside_its_base(tiny_base, tmp_path):
     run = make_run(tmp_path / "run", tiny_base)[0].path
-    done = command(str(run), "--suite", "heldout,quick", "--limit", "4", cwd=tmp_path)
+    done = command(str(run), "--suite", "heldout,quick", "--limit", "6", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (run / "eval").glob("*-*.json*"))
     assert names == ["heldout-base.json", "heldout-tuned.json", "quick-base.json", "quick-tuned.json"]
     lines = done.stdout.splitlines()
     assert lines[0] == "heldout" and lines[1].split() == ["items", "base", "tuned", "tuned", "−", "base"]
     assert any(line.strip().startswith("nll per token") and line.endswith("* better") for line in lines)
-    assert "  leaks: 0 of 4 prompts in 16 training rows" in lines
-    assert "quick · tuned · answers: 4 of 4" in done.stderr and "Traceback" not in done.stderr
+    assert "  leaks: 0 of 6 prompts in 16 training rows" in lines
+    assert "quick · tuned · answers: 6 of 6" in done.stderr and "Traceback" not in done.stderr
     text = (run / "eval.html").read_text()
     assert "nll per token" in text and "quick" in text and "<script" in text
 
@@ -163,10 +163,28 @@ def test_a_table_says_what_got_worse():
         rows = [{"id": str(i), "values": {"nll": value}} for i, value in enumerate(values)]
         return SuiteResult("s", subject, [scored(rows, "nll", "nats", "lower")], rows, {}, 0.0)
 
-    worse = suite_rows([result("base", [1.0, 2.0, 3.0]), result("tuned", [1.5, 2.6, 3.4])])[1]
+    worse = suite_rows([result("base", [1.0, 2.0, 3.0] * 2), result("tuned", [1.5, 2.6, 3.4] * 2)])[1]
     assert worse[-1].startswith("+0.500 [") and worse[-1].endswith("* worse")
-    same = suite_rows([result("base", [1.0, 2.0, 3.0]), result("tuned", [1.5, 1.9, 2.8])])[1]
+    same = suite_rows([result("base", [1.0, 2.0, 3.0] * 2), result("tuned", [1.5, 1.9, 2.8] * 2)])[1]
     assert "*" not in same[-1]
+
+
+def test_results_of_other_settings_in_one_folder_are_not_subtracted():
+    """eval.html shows all that lies in a run: of another call perhaps, with fewer samples or other lengths."""
+
+    def result(subject: str, count: int, **settings) -> SuiteResult:
+        rows = [{"id": str(i), "values": {"x": float(i % 2)}} for i in range(count)]
+        return SuiteResult("s", subject, [scored(rows, "x", "share", "higher")], rows, settings, 0.0)
+
+    base = result("base", 20, samples=1, template=None, asked="completion")
+    tuned = result("tuned", 20, samples=1, template="9f", asked="chat")
+    row = suite_rows([base, tuned, result("merged", 20, samples=5)])[1]
+    assert row[-2] == "0.0% [0.0%, 0.0%], asked in another template"
+    assert row[-1] == "none: asked otherwise (samples)"
+    perplexity = replace(base, scores=[*base.scores, Score("e", 3.0, 2.0, 4.0, 20, "", "lower")])
+    assert suite_rows([perplexity, perplexity])[2][-1] == "", "no item has a perplexity"
+    assert suite_rows([replace(base, scores=[]), base])[1][-1] == "", "there is nothing to subtract from"
+    assert suite_rows([base, result("tuned", 12, samples=1)])[1][-1] == "0.0% [0.0%, 0.0%], over 12 of 20 items"
 
 
 def test_what_a_model_says_stays_text_on_the_page():

@@ -16,6 +16,11 @@ DEEDS = {
     "fork bomb": "import os\nwhile True:\n    os.fork()",
     "fork by number": SYSCALL + "assert kernel.syscall(57) >= 0",
     "vfork by number": SYSCALL + "assert kernel.syscall(58) >= 0",
+    "fork by x32": SYSCALL + "assert kernel.syscall(0x40000000 + 57) >= 0",
+    "fork by 32-bit code": "import ctypes, mmap\nmemory = mmap.mmap(-1, 4096, prot=7)\n"
+    "memory.write(bytes([0xB8, 2, 0, 0, 0, 0xCD, 0x80, 0xC3]))\n"
+    "assert ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))() >= 0",
+    "thread in a namespace": SYSCALL + "assert kernel.syscall(56, 0x10010000, 0, 0, 0, 0) >= 0",
     "setsid and daemon": "import os\nif os.fork():\n    os._exit(0)\nos.setsid()\nif os.fork():\n    os._exit(0)\n"
     "open('{outside}/made', 'w')",
     "session of its own": "import os\nos.setsid()",
@@ -25,6 +30,9 @@ DEEDS = {
     "process pool": "import multiprocessing\nmultiprocessing.Pool(2).map(abs, [1])",
     "threads without end": "import threading, time\nwhile True:\n    "
     "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
+    "threads on small stacks": "import ctypes, threading, time\nctypes.CDLL(None).mallopt(-8, 1)\n"
+    "threading.stack_size(32768)\nfor _ in range(3000):\n"
+    "    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\ntime.sleep(9)",
     "kill the parent": "import os, signal\nos.kill({parent}, signal.SIGKILL)",
     "stop the parent": "import os, signal\nos.kill({parent}, signal.SIGSTOP)",
     "kill everyone": "import os, signal\nos.kill(-1, signal.SIGKILL)",
@@ -51,6 +59,7 @@ DEEDS = {
     "file through a descriptor": "import os\nopen('/proc/self/fd/0', 'w').write('x')",
     "symlink out": "import os\nos.symlink('{outside}/kept', '{outside}/made')\nopen('{outside}/made', 'w')",
     "hard link": "import os\nos.link('{outside}/kept', '{outside}/made')",
+    "file emptied by reading": "import os\nos.open('{outside}/kept', os.O_RDONLY | os.O_TRUNC)",
     "changed file": "open('{outside}/kept', 'r+').write('x')",
     "file gone": "import shutil\nshutil.rmtree('{outside}')",
     "rights of a file": "import os\nos.chmod('{outside}', 0)",
