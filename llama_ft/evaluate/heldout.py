@@ -86,7 +86,8 @@ def measure(subject: Subject) -> Callable[[Sequence[Held], Callable[[int], None]
 
 
 def _of_source(row: dict[str, Any]) -> dict[str, Any]:
-    return {f"{row['source']}: {name}": value for name, value in row["values"].items()}
+    own = {name: row["values"][name] for name in (NLL, HITS, BITS) if name in row["values"]}
+    return {f"{row['source']}: {name}": value for name, value in own.items()}
 
 
 def _shown(document: Held) -> str:

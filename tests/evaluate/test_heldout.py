@@ -120,6 +120,9 @@ def test_files_and_cards_are_measured_apart_and_together(subjects, tiny_run, tmp
     context = Context(tmp_path / "eval", tiny_run, data=[str(rows), "small-sums"], limit=3)
     assert SUITE.needs(context) == []
     result = SUITE.run(subjects["base"], context)
+    result.write(context.folder)
+    context.path("heldout", "base").with_suffix(".part.jsonl").unlink()
+    assert SUITE.run(subjects["base"], context).rows == result.rows, "what is taken over is what was written"
     assert len(result.rows) == 6
     names = [score.name for score in result.scores]
     assert names[:2] == [NLL, PERPLEXITY]
