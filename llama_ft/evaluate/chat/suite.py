@@ -66,7 +66,7 @@ class Chat:
             subject,
             max_tokens=most,
             temperature="by category" if context.temperature is None else context.temperature,
-            template=subject.renderer.template.name,
+            template=subject.renderer.template.sha256[:16],
             system=subject.system,
         )
         work = _answer(subject, context, most)
