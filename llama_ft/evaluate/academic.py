@@ -1,16 +1,15 @@
-"""Suite `academic`: tasks of lm-evaluation-harness, by name (from the hub) or as YAML files (from local rows)."""
+"""Suite `academic`: tasks of lm-evaluation-harness, by name (from the hub) or with rows of local files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from numbers import Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ft.errors import Problem, UserError
+from llama_ft.evaluate.academic_tasks import Item, parse, problems_of_files, stamps
 from llama_ft.evaluate.result import Score, SuiteResult, scored
 from llama_ft.evaluate.suites import Context
 
@@ -23,14 +22,6 @@ ASKED = 2000
 """Characters of a prompt that its row shows: those next to the answer."""
 
 
-@dataclass(frozen=True)
-class Item:
-    """A task: `id` is its name; `place` the name or the YAML file that was given."""
-
-    id: str
-    place: str
-
-
 class Academic:
     """See the module."""
 
@@ -39,82 +30,88 @@ class Academic:
     kinds: tuple[str, ...] = ()
 
     def needs(self, context: Context) -> list[Problem]:
-        """The harness, and tasks."""
+        """The harness, tasks that it has, and what these need."""
         problems = []
         if find_spec("lm_eval") is None:
             hint = "pip install 'llama-ft[eval]'"
             problems.append(Problem("suite academic needs lm-evaluation-harness", hint=hint))
         if not context.tasks:
-            hint = "--tasks arc_easy,hellaswag, or files: --tasks my_task.yaml"
+            hint = "--tasks arc_easy,hellaswag, or with rows of a file: --tasks ifeval=ROWS.jsonl, my_task.yaml"
             problems.append(Problem("suite academic needs tasks", key="--tasks", hint=hint))
-        for place in context.tasks:
-            if _is_file(place) and not Path(place).is_file():
-                problems.append(Problem(f"there is no file '{place}'", key="--tasks"))
-        return problems
+        items = [parse(place) for place in context.tasks]
+        problems += problems_of_files(items)
+        if problems:
+            return problems
+        from llama_ft.evaluate.academic_check import check
+
+        return [problem for item in items for problem in check(item)]
 
     def run(self, subject: Subject, context: Context) -> SuiteResult:
-        """Measures one subject; see suites.Suite. UserError for tasks that there are none of, or whose rows cannot be
-        had."""
+        """Measures one subject; see suites.Suite. UserError for tasks that cannot be made, whose rows cannot be had, or
+        that ask for what the subject cannot do."""
         from importlib.metadata import version
 
-        items = [Item(Path(place).stem if _is_file(place) else place, place) for place in context.tasks]
+        items = [parse(place) for place in context.tasks]
+        files = {name: at for item in items for name, at in stamps(item).items()}
         settings = context.settings(
-            self.name, subject, tasks=[item.id for item in items], lm_eval=version("lm_eval"), template=None
+            self.name,
+            subject,
+            tasks=[item.id for item in items],
+            files=files,
+            lm_eval=version("lm_eval"),
+            template=_template(subject) if context.chat else None,
         )
-        tasks = context.items(subject, settings, "tasks", items, _work(subject, context), at_once=1)
+        earlier = context.finished(subject, settings)
+        if earlier is not None:
+            return earlier
+        tasks = [_measure(subject, context, settings, item) for item in items]
         rows = [row for task in tasks for row in task["documents"]]
         scores = [_score(measured, rows, context.seed) for task in tasks for measured in task["measured"]]
         leaks = context.leaks({row["id"]: row["asked"] for row in rows})
         return SuiteResult(self.name, subject.name, scores, rows, settings, context.seconds(self.name, subject), leaks)
 
 
-def _is_file(place: str) -> bool:
-    return Path(place).suffix in (".yaml", ".yml")
+def _template(subject: Subject) -> dict[str, Any]:
+    """What requests are written in. UserError for a subject that has no template."""
+    from llama_ft.evaluate.opening import UNSPOKEN
+
+    template = subject.renderer.template
+    if template.source == UNSPOKEN:
+        what = f"{subject.name} has no chat template to ask tasks in"
+        hint = "leave it out, or say which: --template chatml"
+        raise UserError(what, key="--apply-chat-template", hint=hint)
+    return {"sha256": template.sha256, "system": subject.system}
 
 
-def _work(
-    subject: Subject, context: Context
-) -> Callable[[Sequence[Item], Callable[[int], None]], list[dict[str, Any]]]:
-    def work(items: Sequence[Item], tick: Callable[[int], None]) -> list[dict[str, Any]]:
-        return [_measure(subject, context, item) for item in items]
-
-    return work
-
-
-def _measure(subject: Subject, context: Context, item: Item) -> dict[str, Any]:
+def _measure(subject: Subject, context: Context, settings: dict[str, Any], item: Item) -> dict[str, Any]:
     """One task by the harness: its measures, and a row for each of its documents.
 
     Its own seeds are left alone: they draw the examples in prompts, which are then those of `lm_eval`'s command line.
+    What is kept are the answers to its requests, so a call that goes on asks the others alone.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    from llama_ft.evaluate.harness import SubjectLM
+    from llama_ft.evaluate.academic_check import FAULTS, refused
+    from llama_ft.evaluate.academic_tasks import opened
+    from llama_ft.evaluate.harness import AT_ONCE, SubjectLM
 
-    file = _is_file(item.place)
-    answered = 0
-
-    def told(more: int) -> None:
-        nonlocal answered
-        answered += more
-        context.report(f"{item.id}: requests answered", answered, answered)
+    def keep(requests: Sequence[Any], work: Any) -> list[dict[str, Any]]:
+        return context.items(subject, settings, f"{item.id}: requests", requests, work, at_once=AT_ONCE)
 
     try:
-        # A file brings itself and what lies beside it; the harness's own tasks are thousands of files to read.
-        manager = TaskManager(include_path=str(Path(item.place).resolve().parent), include_defaults=False)
-        found = simple_evaluate(
-            model=SubjectLM(subject, told),
-            tasks=[item.id],
-            limit=context.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            task_manager=manager if file else TaskManager(),
-        )
-    except (KeyError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = f"the task '{item.place}' cannot be run: {reason}"
-        hint = "its file must be named as the task in it" if file else "see `lm_eval ls tasks`; rows come from the hub"
-        raise UserError(what, key="--tasks", hint=hint) from error
+        with opened(item) as manager:
+            found = simple_evaluate(
+                model=SubjectLM(subject, keep, context.seed),
+                tasks=[item.id],
+                limit=context.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=context.chat,
+                system_instruction=subject.system if context.chat else None,
+                task_manager=manager,
+            )
+    except FAULTS as error:
+        raise UserError([refused(item, error)]) from error
     assert found is not None
     measured, documents = [], []
     for task, samples in found["samples"].items():
@@ -127,7 +124,7 @@ def _measure(subject: Subject, context: Context, item: Item) -> dict[str, Any]:
                 way = "lower" if better.get(measure) is False else "higher"
                 name = _name(task, measure, filtered)
                 measured.append({"name": name, "value": float(value), "rows": len(rows), "better": way})
-    return {"id": item.id, "measured": measured, "documents": documents}
+    return {"measured": measured, "documents": documents}
 
 
 def _rows(task: str, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class Asked:
     tasks: list[str] = field(default_factory=list)
     max_tokens: int | None = None
     judging: Judging | None = None
+    apply_chat_template: bool = False
     out: Path | None = None
     overwrite: bool = False
 
@@ -61,7 +62,8 @@ def evaluate_source(asked: Asked) -> list[SuiteResult]:
     home = run.path if run is not None else (asked.out or Path("runs", f"eval-{_plain(asked.source)}"))
     report = _Progress()
     context = Context(home / "eval", run, asked.data, asked.layout, asked.limit, asked.seed, report)
-    context.tasks, context.max_tokens, context.judging = asked.tasks, asked.max_tokens, asked.judging
+    context.tasks, context.chat = asked.tasks, asked.apply_chat_template
+    context.max_tokens, context.judging = asked.max_tokens, asked.judging
     context.samples, context.temperature, context.unsandboxed = asked.samples, asked.temperature, asked.unsandboxed
     problems = [problem for suite in suites for problem in suite.needs(context)] or _unused(suites, context)
     if problems:
@@ -101,6 +103,7 @@ def _check(asked: Asked, run: Run | None) -> list[str]:
         ("--judge", asked.judging, {"chat", "judge"}),
         ("--max-tokens", asked.max_tokens, {"chat"}),
         ("--tasks", asked.tasks or None, {"academic"}),
+        ("--apply-chat-template", asked.apply_chat_template or None, {"academic"}),
     ):
         if value is not None and not needed & set(asked.suites):
             problems.append(Problem(f"only the suite {min(needed)} has {key}", key=key, hint="leave it out"))

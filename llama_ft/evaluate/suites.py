@@ -78,7 +78,7 @@ def _load(name: str) -> Suite:
     return getattr(import_module(module), attribute)
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
     """Size and time of a file, which other rows change; "" for a card."""
     try:
         found = path.stat()
@@ -94,9 +94,9 @@ class Context:
     data: what `--data` named, files or cards; layout: how the rows of those that hold documents are shaped; limit: most
     items of each part of a suite; seed: of samples, draws and intervals. report: for the progress line.
     samples: answers to each task of suite code, at temperature (None: the suite's own); unsandboxed: whether their
-    programs run where this machine has no walls. tasks: of suite academic, names or YAML files. max_tokens: of an
-    answer of suite chat (None: the suite's own). judging: who judges such answers, and how;
-    None: nobody. judge: the same, once it is open.
+    programs run where this machine has no walls. tasks: of suite academic, see academic_tasks.py; chat: whether they
+    are asked in the subject's template. max_tokens: of an answer of suite chat (None: the suite's own). judging: who
+    judges such answers, and how; None: nobody. judge: the same, once it is open.
     """
 
     folder: Path
@@ -113,6 +113,7 @@ class Context:
     max_tokens: int | None = None
     judging: Judging | None = None
     judge: Judge | None = None
+    chat: bool = False
     _leaks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
@@ -129,7 +130,7 @@ class Context:
         from llama_ft.evaluate.material import kind_of
 
         kinds = _load(suite).kinds
-        data = {name: _stamp(Path(name)) for name in self.data if kind_of(name) in kinds}
+        data = {name: stamp(Path(name)) for name in self.data if kind_of(name) in kinds}
         common = {"seed": self.seed, "limit": self.limit, "data": data, "layout": self.layout}
         weights = {"weights": subject.fingerprint, "computed_in": subject.computed_in}
         return json.loads(json.dumps({"suite": suite, **common, **weights, **own}))
@@ -197,6 +198,10 @@ class Context:
         path = self.path(suite, subject.name)
         before = SuiteResult.read(path).seconds if path.is_file() else 0.0
         return before + Part.seconds(path.with_suffix(".part.jsonl"))
+
+    def finished(self, subject: Subject, settings: dict[str, Any]) -> SuiteResult | None:
+        """The result that an earlier call has written with these very settings. UserError for one of others."""
+        return self._earlier(self.path(settings["suite"], subject.name), settings)
 
     def _earlier(self, path: Path, settings: dict[str, Any]) -> SuiteResult | None:
         """The result that is there, if it is of these very settings. UserError if it is of others: it stays until

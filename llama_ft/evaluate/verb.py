@@ -51,8 +51,11 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Other answers for --pairs.", show_default="the base's")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Of suite academic: names of lm-eval or YAML files; commas between several.")
+        str | None, typer.Option(help="Of suite academic: names of lm-eval, NAME=FILE or YAML files; commas between.")
     ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask these in the chat template.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a model's results.", show_default="runs/eval-NAME")
     ] = None,
@@ -87,6 +90,7 @@ def evaluate(
                 tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
                 max_tokens=max_tokens,
                 judging=None if judge is None else Judging(judge, judge_url, judge_prompts, pairs, against),
+                apply_chat_template=apply_chat_template,
                 out=out,
                 overwrite=overwrite,
             )
