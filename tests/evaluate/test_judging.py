@@ -342,3 +342,13 @@ def test_a_reward_model_judges_offline(answered, subjects, tiny_base, tmp_path):
         key = "win rate against base, turn 1" if number == 1 else "win rate against base"
         assert values(pairs, key)[name] == float(turn[1][name] > turn[0][name])
     assert pairs.score(UNREAD).value == 0
+
+
+def test_an_answer_that_a_reward_model_cannot_read(answered, subjects, tiny_base, tmp_path):
+    folder = tmp_path / "judge"
+    HFScorer(LlamaConfig.from_pretrained(tiny_base, num_labels=1, max_position_embeddings=16)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = Template.load("chatml").source
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"questions:1.*reads 16.*--max-tokens"):
+        judged(answered, subjects["tuned"], Judging(str(folder)))

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -217,4 +217,8 @@ class RewardJudge:
             said = str(turn["answer"])
             asked.append(Asked(before, said, None, name, [], turn.get("ended") == "end", 0))
             before = [*before, {"role": "assistant", "content": said}]
-        return [float(value) for value in self.scorer.values(asked)]
+        try:
+            return [float(value) for value in self.scorer.values(asked)]
+        except UserError as error:  # its hints are for training
+            hint = "have shorter answers judged (--max-tokens), or another judge"
+            raise UserError([replace(problem, hint=hint) for problem in error.problems]) from error
