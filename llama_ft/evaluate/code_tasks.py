@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_ft.errors import Problem, UserError
-from llama_ft.sandbox.fences import blocks_in
+from llama_ft.sandbox.fences import before_fences, blocks_in
 
 Kind = Literal["HumanEval", "MBPP"]
 KEYS: dict[Kind, frozenset[str]] = {
@@ -55,7 +55,9 @@ class Task:
     def program(self, answer: str, *, chat: bool) -> tuple[str, ...]:
         """The parts that run one after the other (llama_ft/sandbox): the answer's code, then the tests.
 
-        Of a chat answer the first fenced block counts that defines the function, else the first one, else all of it.
+        Of a chat answer the first fenced block counts that defines the function; else what stands before the first
+        fence if that does (a model that was given the opening fence to read closes it alone); else the first block that
+        is not blank, else all of it up to a fence.
         Imports and helpers of HumanEval's prompt are there for it; a block that holds but a body continues the prompt.
         """
         if not chat:
@@ -66,9 +68,9 @@ class Task:
         return (self.before, code, self.tests) if self.before else (code, self.tests)
 
     def _code(self, answer: str) -> str:
-        blocks = blocks_in(answer)
-        fit = [block for block in blocks if _defines(block, self.entry)]
-        return next(iter([*fit, *blocks, answer]))
+        before, blocks = before_fences(answer), [block for block in blocks_in(answer) if block.strip()]
+        fit = [text for text in (*blocks, before) if _defines(text, self.entry)]
+        return next(iter([*fit, *blocks, before]))
 
 
 def _defines(code: str, name: str) -> bool:

@@ -17,7 +17,17 @@ def blocks_in(answer: str) -> list[str]:
 
     A fence is a line of three or more ``` or ~~~, as in CommonMark; a block's common margin is taken off.
     """
-    blocks: list[list[str]] = []
+    return [textwrap.dedent("\n".join(block)) for block in _parts(answer)[1:]]
+
+
+def before_fences(answer: str) -> str:
+    """What stands before the first fence of an answer; all of one without a fence."""
+    return "\n".join(_parts(answer)[0])
+
+
+def _parts(answer: str) -> list[list[str]]:
+    """The lines before the first fence, then those of each block."""
+    blocks: list[list[str]] = [[]]
     fence = ""
     for line in answer.split("\n"):  # and at nothing else that may stand in a string
         bare = line.strip()
@@ -27,9 +37,9 @@ def blocks_in(answer: str) -> list[str]:
             blocks.append([])
         elif fence and bare == marker and marker.startswith(fence):
             fence = ""
-        elif fence:
+        elif fence or len(blocks) == 1:
             blocks[-1].append(line)
-    return [textwrap.dedent("\n".join(block)) for block in blocks]
+    return blocks
 
 
 def tests_in(reference: str) -> str:

@@ -80,7 +80,9 @@ def test_human_eval_from_fenced_blocks(human_eval):
     bodies = [f"Install it:\n\n```python\n{task.solution}\n```" for task in tasks]
     behind = [f"```sh\npip install x\n```\n1. then\n\n{indented(task.before + task.solution)}" for task in tasks]
     plain = [task.before + task.solution for task in tasks]
-    for answers in (whole, bodies, behind, plain):
+    closed = [f"{task.before}{task.solution}\n```\nIt is used so." for task in tasks]
+    body = [f"{task.solution}\n```" for task in tasks]
+    for answers in (whole, bodies, behind, plain, closed, body):
         assert passed(tasks, answers, chat=True) == len(tasks)
     for answers in (["I cannot."] * len(tasks), [""] * len(tasks), ["```python\n```"] * len(tasks)):
         assert passed(tasks, answers, chat=True) == 0
