@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from llama_ft.errors import MachineFault, Problem, UserError, did_you_mean
@@ -71,13 +73,14 @@ def evaluate_source(asked: Asked) -> list[SuiteResult]:
     _make(context.folder)
     results: list[SuiteResult] = []
     try:
-        for subject in _subjects(asked, run, names, context):
-            for notice in subject.notices:
-                report.say(notice)
-            for suite in suites:
-                report.begin(suite.name, subject.name)
-                results.append(_measured(suite, subject, context, asked.overwrite))
-            del subject  # its memory is the next one's
+        with _held(context.folder, suites):
+            for subject in _subjects(asked, run, names, context):
+                for notice in subject.notices:
+                    report.say(notice)
+                for suite in suites:
+                    report.begin(suite.name, subject.name)
+                    results.append(_measured(suite, subject, context, asked.overwrite))
+                del subject  # its memory is the next one's
     except KeyboardInterrupt:
         report.end()
         report.say("stopped; what is measured is kept, the same command goes on")
@@ -170,6 +173,20 @@ def _measured(suite: Suite, subject: Subject, context: Context, overwrite: bool)
 def _plain(source: str) -> str:
     """A source as the name of a folder."""
     return Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source.replace("/", "-")
+
+
+@contextmanager
+def _held(folder: Path, suites: Sequence[Suite]) -> Iterator[None]:
+    """Keeps other calls from measuring the same suites into the same files."""
+    with ExitStack() as locks:
+        for suite in suites:
+            try:
+                locks.enter_context(FileLock(folder / f".{suite.name}.lock", timeout=0))
+            except Timeout:
+                what = f"another llama-ft eval measures suite {suite.name} into {folder}"
+                hint = "wait until it is done: the same command then takes its results over"
+                raise UserError(what, hint=hint) from None
+        yield
 
 
 def _make(folder: Path) -> None:

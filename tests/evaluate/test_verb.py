@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from llama_ft.errors import UserError
 from llama_ft.evaluate.page import page
@@ -130,6 +131,13 @@ def test_options_of_runs_are_not_those_of_models(tiny_base):
         evaluate_source(Asked(str(tiny_base), ["heldout"], subjects=["base"]))
     with pytest.raises(UserError, match="no such template 'chatlm'"):
         evaluate_source(Asked(str(tiny_base), ["heldout"], template="chatlm"))
+
+
+def test_two_calls_do_not_write_into_the_same_files(run, capsys):
+    with FileLock(run / "eval" / ".heldout.lock", timeout=0), pytest.raises(UserError, match="another llama-ft eval"):
+        evaluate_source(Asked(str(run), ["quick", "heldout"], limit=2))
+    evaluate_source(Asked(str(run), ["quick"], limit=2))
+    assert "quick" in capsys.readouterr().out, "what was locked before is free again"
 
 
 def test_a_run_that_held_nothing_out_says_so(tiny_base, tmp_path):
