@@ -27,6 +27,8 @@ too.
 
 """
 NOT_RUN = "not yet run"
+SHOWN = 2
+"""Figures of ours that the overview has of a recipe."""
 
 
 def whole_page(ledger: Mapping[str, tuple[Recipe, Entry]]) -> str:
@@ -52,7 +54,8 @@ def ours(entry: Entry) -> str:
     parts = [f"{one.what} {one.value}" for one in entry.measured]
     if not parts:
         return f"{NOT_RUN}: {needed(entry)}"
-    return "; ".join(parts) + (f"; as it stands {NOT_RUN}" if entry.needs is not None else "")
+    shown = [*parts[:SHOWN], *([f"{len(parts) - SHOWN} more below"] if len(parts) > SHOWN else [])]
+    return "; ".join(shown) + (f"; as it stands {NOT_RUN}" if entry.needs is not None else "")
 
 
 def needed(entry: Entry) -> str:
