@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,6 +103,10 @@ def read_ledger(folder: Path) -> dict[str, Entry]:
         if not entry.measured and entry.needs is None:
             what = "neither a figure of ours nor what a run would need"
             problems.append(Problem(what, str(path), "needs", "llama-ft plan RECIPE --hardware 8xH100-80GB tells"))
+        for (what, command), times in Counter((one.what, one.command) for one in entry.measured).items():
+            if times > 1:
+                said = f"'{what}' stands here {times} times, by the same command {command.splitlines()[-1]!r}"
+                problems.append(Problem(said, str(path), "measured", "leave one"))
         for one in entry.measured:
             if not (folder.parent / one.evidence.partition("#")[0]).is_file():
                 problems.append(

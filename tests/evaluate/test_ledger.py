@@ -33,6 +33,17 @@ MEASURED = """measured:
 """
 
 
+def test_a_figure_stands_once(tmp_path):
+    folder = tmp_path / "reproductions"
+    folder.mkdir()
+    (tmp_path / "proof.md").touch()
+    (folder / "one.yaml").write_text(MEASURED)
+    assert read_ledger(folder)
+    (folder / "one.yaml").write_text(MEASURED + MEASURED.removeprefix("measured:\n"))
+    with pytest.raises(UserError, match=r"one.yaml.*'held-out loss' stands here 2 times"):
+        read_ledger(folder)
+
+
 @pytest.fixture(scope="module")
 def entries() -> dict[str, Entry]:
     return read_ledger(FOLDER)
