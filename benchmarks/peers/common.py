@@ -43,7 +43,7 @@ class Spec:
     adapter: str | None = None
     """safetensors with PEFT's names: the first weights of the adapter."""
     r: int = 16
-    alpha: int = 32
+    alpha: float = 32
     """On all linear layers but the head, without dropout."""
     dtype: str = "float32"
     """What frozen weights are held in and multiplied in, unless the contender's own default is what is measured."""
@@ -52,17 +52,18 @@ class Spec:
     """Rows at once."""
     accumulation: int = 1
     learning_rate: float = 3e-4
-    """AdamW (0.9, 0.999, 1e-8), no weight decay, cosine over `total_steps` to 0 without warm-up, gradients clipped to
-    norm 1."""
-    total_steps: int = 1000
-    beta: float = 0.1
-    """Of DPO."""
+    """AdamW (0.9, 0.999, 1e-8), no weight decay, gradients clipped to norm 1; cosine over `total_steps`, so many that
+    the rate is constant: a schedule over the few steps of a measurement would be another one in every library."""
+    total_steps: int = 1_000_000
     seed: int = 42
     threads: int = 2
     device: str = "cpu"
     gradients: str | None = None
     """Where to write the gradients of the first step, before clipping, with PEFT's names; None: nowhere."""
     out: str = "out.json"
+    recipe: str = ""
+    overrides: list[str] = field(default_factory=list)
+    """What our own command is started with; it says the same as the fields above."""
 
     @classmethod
     def read(cls, path: str | Path) -> Spec:
@@ -242,6 +243,7 @@ def timed(trainer: type, clock: Clock) -> type:
             self.add_callback(Teller())
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            clock.about.setdefault("weights", weights_of(model))
             clock.saw(inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids"))
             return super().training_step(model, inputs, *args, **kwargs)
 

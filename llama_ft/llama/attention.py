@@ -55,6 +55,14 @@ class Context(Protocol):
         ...
 
 
+WIDE_UP_TO = 256
+"""Documents of so many keys have the CPU kernel's backward in float32 also where the model is held in bfloat16.
+
+Its bfloat16 backward is slow on short ones, whatever the products would allow: 0.9 ms at 64 tokens and 1.9 at 128 against
+0.2 and 0.7, casts included; from 320 on it wins (9 heads of 64 features, two cores with AMX; `benchmarks/NOTES.md`).
+"""
+
+
 def _kernel_layout(heads: Tensor, span: slice) -> Tensor:
     """Tokens `span` of [N, H, D] as the kernels' [1, H, L, D]; a view. Of [N, H] as [1, H, L]."""
     return heads[span].transpose(0, 1).unsqueeze(0)
@@ -105,7 +113,9 @@ class _RotaryAttentionCPU(torch.autograd.Function):
         def gradients(asks: slice, answers: slice, causal: bool) -> tuple[list[Tensor], list[Tensor]]:
             """Where the gradients of q, k and v go, and what these queries and keys add to them."""
             spans = (asks, asks, answers, answers, asks, asks)
-            parts = (_kernel_layout(t, span) for t, span in zip((grad, q, k, v, out, logsumexp), spans, strict=True))
+            parts = [_kernel_layout(t, span) for t, span in zip((grad, q, k, v, out, logsumexp), spans, strict=True)]
+            if answers.stop - answers.start <= WIDE_UP_TO:
+                parts = [part.float() for part in parts]
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, 0.0, causal)
             return [_kernel_layout(t, span) for t, span in zip(grads, (asks, answers, answers), strict=True)], found
 
