@@ -9,6 +9,8 @@ from pathlib import Path
 from benchmarks.venvs import python_of
 from llama_ft.recipe import Recipe
 
+OURS = "ours"
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -18,7 +20,7 @@ class Contender:
     module: str
     """Harness below benchmarks/peers."""
     pins: str | None
-    """File of pins below benchmarks/peers/pins; None: the environment of this process."""
+    """File of pins below benchmarks/peers/pins; None: what runs in this process's environment."""
     what: str
     """For the table: which library, how it is set."""
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -28,13 +30,11 @@ class Contender:
     def command(self, spec: Path, recipe: Recipe) -> list[str]:
         """What runs it, from the project's root. NoEnvironment where its packages cannot be had."""
         module = f"benchmarks.peers.{self.module}"
-        if self.pins is None:
-            launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
-            return [*launch, "--config_file", str(recipe.launch), "-m", module, str(spec)]
-        return [str(python_of(self.pins)), "-m", module, str(spec)]
+        python = sys.executable if self.pins is None else str(python_of(self.pins))
+        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--config_file", str(recipe.launch)]
+        return [python, *(launch if self.name == OURS else []), "-m", module, str(spec)]
 
 
-OURS = "ours"
 CONTENDERS = {
     one.name: one
     for one in (

@@ -25,7 +25,7 @@ from benchmarks.peers.common import Spec, Step, adapter_name
 LOSS = {"float32": 1e-5, "bfloat16": 2e-3}
 """How far the first step's loss may be from the reference's, in nats per labelled token."""
 DEVIATIONS = 4.0
-"""bfloat16: or as many standard deviations of what rounding alone does to a mean over so few tokens, if that is more."""
+"""bfloat16: or so many standard deviations of what rounding alone does to a mean over few tokens, if that is more."""
 COSINE = 0.9999
 """float32: least cosine between the first gradient and the reference's."""
 

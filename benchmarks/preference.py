@@ -328,16 +328,21 @@ def compare(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return text, {"pairs": found, "noise": noise, "limits": limits, "rows": rows, "runs": runs}
 
 
-def main() -> None:
-    """See the module's docstring."""
-    options, about = parse(), train.machine()
+def write(options: argparse.Namespace, command: str, stem: str) -> None:
+    """Compares, prints the table, and unless asked not to, writes it with everything measured to `results/`."""
+    about = train.machine()
     text, data = compare(options)
-    text = f"`python -m benchmarks.preference {' '.join(sys.argv[1:])}`\n\n{train.describe(about)}.\n\n{text}"
+    text = f"`{command}`\n\n{train.describe(about)}.\n\n{text}"
     print(text)
     if not options.no_write:
-        stem = f"preference-cpu-{about['date']}"
-        (train.RESULTS / f"{stem}.md").write_text(text)
-        (train.RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, **data}, indent=1))
+        file = train.RESULTS / f"{stem}-{about['date']}"
+        file.with_suffix(".md").write_text(text)
+        file.with_suffix(".json").write_text(json.dumps({"machine": about, **data}, indent=1))
+
+
+def main() -> None:
+    """See the module's docstring."""
+    write(parse(), f"python -m benchmarks.preference {' '.join(sys.argv[1:])}", "preference-cpu")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gates, tables, train
+from benchmarks import gates, preference, tables, train
 from benchmarks.contenders import CONTENDERS, OURS, Contender
 from benchmarks.model import Gemm, Shares, flop_per_token
 from benchmarks.peers.common import Spec, Step
@@ -37,6 +37,7 @@ from llama_ft.plan.hardware import usable_cores
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+PAIRS = "preference/hh_rlhf_harmless_test.jsonl.gz"
 LIMIT = 1800.0
 """Seconds after which a contender's process is ended."""
 
@@ -98,7 +99,9 @@ def spec_of(contender: Contender, job: Job, steps: int, dtype: str, folder: Path
     )
 
 
-def turn(contender: Contender, job: Job, options: argparse.Namespace, reference: gates.Reference | None, folder: Path):
+def turn(
+    contender: Contender, job: Job, options: argparse.Namespace, reference: gates.Reference | None, folder: Path
+) -> dict[str, Any]:
     """A contender's turn in a round, its answer with `faults`; `reference`: asks for the first gradient too."""
     first = reference is not None
     spec = spec_of(contender, job, options.steps, options.dtype, folder, gradients=first)
@@ -168,6 +171,16 @@ def _adapter_weights(job: Job) -> int:
     return sum(weight.numel() for weight in load_file(job.adapter).values())
 
 
+def pairs(options: argparse.Namespace, command: str) -> None:
+    """W4: pairs have a harness and gates of their own, see :mod:`benchmarks.preference`."""
+    kept = {"ours": preference.OURS, **{name: [name, f"{name}-fp32"] for name in ("trl-default", "trl-tuned")}}
+    known = [one for name in options.peers.split(",") for one in kept.get(name, [])]
+    left_out = [name for name in (*preference.OURS, *preference.PEERS["trl"]) if name not in known]
+    arguments = ["--rounds", str(options.rounds), "--steps", str(options.steps), "--data"]
+    arguments += [str(Path(options.data) / PAIRS), *(["--without", *left_out] if left_out else [])]
+    preference.write(preference.parse([*arguments, *(["--no-write"] if options.no_write else [])]), command, "w4-cpu")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
@@ -177,6 +190,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of each process, the first one uncounted")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of frozen weights")
+    parser.add_argument("--rows", type=int, default=52_002, help="W5: rows that are prepared (Alpaca's number)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.peers.split(",") if name not in CONTENDERS]
@@ -197,17 +211,28 @@ def main() -> None:
     options = parse()
     command = f"python -m benchmarks.run {' '.join(sys.argv[1:])}"
     torch.set_num_threads(usable_cores())
+    if options.workload == "W4":
+        pairs(options, command)
+        return
     about = train.machine()
+    found: dict[str, Any] = {"command": command, "machine": about, "dtype": options.dtype, "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as name:
-        found = compare(options, Path(name))
-    found |= {"command": command, "machine": about, "dtype": options.dtype, "rounds": options.rounds}
-    text = tables.markdown(found)
+        if options.workload == "W5":
+            from benchmarks import chores
+
+            text, figures = chores.compare(options, Path(name))
+            text = f"`{command}`\n\n{train.describe(about)}.\n\n{text}"
+            found |= figures
+        else:
+            found |= compare(options, Path(name))
+            text = tables.markdown(found)
     print(text)
-    if not options.no_write:
-        train.RESULTS.mkdir(exist_ok=True)
-        stem = train.RESULTS / f"{options.workload.lower()}-cpu-{about['date']}"
-        stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
-        stem.with_suffix(".md").write_text(text)
+    if options.no_write:
+        return
+    stem = train.RESULTS / f"{options.workload.lower()}-cpu-{about['date']}"
+    stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
+    stem.with_suffix(".md").write_text(text)
+    if options.workload in WORKLOADS:
         tables.plot(found, stem.with_suffix(".png"))
 
 

@@ -47,21 +47,13 @@ def faults_of(row: Row) -> list[str]:
 
 def markdown(found: Row) -> str:
     """One workload: how it was measured, the table, what failed."""
-    workload, about, reference = found["workload"], found["machine"], found["reference"]
     rows, gemm = summaries(found), statistics.median(found["gemm"])
-    steps = len(found["expected"])
-    tokens = [step["tokens"] for step in found["expected"]]
     lines = [
         f"`{found['command']}`",
         "",
-        f"{describe(about)}.",
+        f"{describe(found['machine'])}.",
         "",
-        f"**{workload['name']}: {workload['title']}.** Weights in {found['dtype']}, {found['rounds']} rounds in turn,"
-        f" each contender a process of its own; {steps} steps of {workload['documents']} documents, the first one uncounted"
-        f" ({tokens[0]} tokens; then {', '.join(map(str, tokens[1:]))}); documents sha256 {found['documents'][:12]}."
-        f" First loss of transformers' LLaMA in float32: {reference['loss']:.5f}; allowed apart: {reference['allowed']:.1e}."
-        f" Matrix products of the model's shapes run at {gemm / 1e9:.0f} GFLOP/s here, a token takes"
-        f" {found['flop_per_token'] / 1e6:.0f} MFLOP.",
+        _how(found),
         "",
         "| | non-pad tokens/s (min–max) | labelled tokens/s | ours / this | of the machine | padding | peak RSS, GiB "
         "| ours / this | first step after, s | \\|Δ first loss\\| | cosine of the first gradient |",
@@ -86,6 +78,22 @@ def markdown(found: Row) -> str:
         lines.append(f"- **{name}**: {CONTENDERS[name].what}{_weights(row)}.")
         lines += [f"  - ✗ {fault}" for fault in faults_of(row)]
     return "\n".join([*lines, ""])
+
+
+def _how(found: Row) -> str:
+    """What stands above the table: how it was measured, against which reference and which machine."""
+    workload, reference = found["workload"], found["reference"]
+    first, *counted = [step["tokens"] for step in found["expected"]]
+    gemm = statistics.median(found["gemm"]) / 1e9
+    told = [
+        f"**{workload['name']}: {workload['title']}.** Weights in {found['dtype']}, {found['rounds']} rounds in turn,",
+        f"each contender a process of its own; steps of {workload['documents']} documents, the first one uncounted",
+        f"({first} tokens; then {', '.join(map(str, counted))}); documents sha256 {found['documents'][:12]}.",
+        f"First loss of transformers' LLaMA in float32: {reference['loss']:.5f};",
+        f"allowed apart: {reference['allowed']:.1e}. Matrix products of the model's shapes run at {gemm:.0f} GFLOP/s",
+        f"here; a token takes {found['flop_per_token'] / 1e6:.0f} MFLOP.",
+    ]
+    return " ".join(told)
 
 
 def _weights(row: Row) -> str:

@@ -40,7 +40,7 @@ def python_of(pins: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         print(f"making an environment for {pins}: a few minutes, once", file=sys.stderr, flush=True)
         venv.create(folder, with_pip=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "-r", file]
+        install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(file)]
         done = subprocess.run(install, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

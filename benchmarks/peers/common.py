@@ -134,7 +134,8 @@ class Clock:
     """Times optimizer steps and writes down what was in them. Every contender calls the same five methods."""
 
     def __init__(self, spec: Spec):
-        self.spec, self.steps, self.now = spec, [], Step()
+        self.spec, self.now = spec, Step()
+        self.steps: list[Step] = []
         self.begun = 0.0
         self.about: dict[str, Any] = {}
         """More to tell: types of the weights, versions."""
@@ -218,7 +219,7 @@ class Clock:
         Path(self.spec.out).write_text(json.dumps(found), encoding="utf-8")
 
 
-def timed(trainer: type, clock: Clock) -> type:
+def timed(trainer: Any, clock: Clock) -> Any:
     """A subclass of a `transformers.Trainer` class that tells the clock what it does; everything else is its own."""
     from transformers import TrainerCallback
 
@@ -237,7 +238,7 @@ def timed(trainer: type, clock: Clock) -> type:
             if logs and "loss" in logs:
                 clock.add_loss(float(logs["loss"]))
 
-    class Timed(trainer):  # type: ignore[misc, valid-type]
+    class Timed(trainer):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.add_callback(Teller())

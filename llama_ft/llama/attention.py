@@ -58,8 +58,8 @@ class Context(Protocol):
 WIDE_UP_TO = 256
 """Documents of so many keys have the CPU kernel's backward in float32 also where the model is held in bfloat16.
 
-Its bfloat16 backward is slow on short ones, whatever the products would allow: 0.9 ms at 64 tokens and 1.9 at 128 against
-0.2 and 0.7, casts included; from 320 on it wins (9 heads of 64 features, two cores with AMX; `benchmarks/NOTES.md`).
+Its bfloat16 backward is slow on short ones, whatever the products would allow: 0.9 ms at 64 tokens and 1.9 at 128
+against 0.2 and 0.7, casts included; from 320 on it wins (9 heads of 64 features, two cores; `benchmarks/NOTES.md`).
 """
 
 

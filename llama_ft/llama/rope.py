@@ -96,7 +96,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     16-bit heads are turned in float32 and rounded once.
     """
     if heads.dtype.itemsize < 4:
-        return heads.copy_(rotate(heads.float(), cos, sin))
+        return heads.copy_(rotate_(heads.float(), cos, sin))
     first, second = heads.chunk(2, dim=-1)
     old_first = first.clone()
     first.mul_(cos).addcmul_(second, sin, value=-1)
