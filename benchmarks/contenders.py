@@ -46,7 +46,7 @@ CONTENDERS = {
         Contender(
             "trl-tuned", "trl", "trl", "TRL without autocast and checkpointing, documents of like length together"
         ),
-        Contender("hf", "hf", "hf", "transformers' Trainer and PEFT, tuned alike"),
+        Contender("hf", "hf", "trl", "transformers' Trainer and PEFT, tuned alike"),
         Contender("litgpt", "litgpt", "litgpt", "litgpt's finetune loop, tuned alike"),
         Contender("llamafactory", "llamafactory", "llamafactory", "LLaMA-Factory, tuned alike"),
         Contender("torchtune", "torchtune", "torchtune", "torchtune's single-device recipe, tuned alike"),
