@@ -2,9 +2,11 @@
 
     python -m benchmarks.peers.litgpt SPEC.json
 
-litgpt 0.5.13 with lightning 2.6.6. Its own command converts the model, once, into a folder beside `out` (a process of
-its own: neither its time nor its memory counts). Its `setup`, `main` and `fit` run unchanged; names that their module
-imported are replaced by ones that also tell the clock, and the run ends where checkpoints would be written.
+litgpt 0.5.13 with lightning 2.6.6. Its own command, which wants `requests` without saying so, converts the model, once,
+into a folder beside `out`: a process of its own, whose memory does not count and whose seconds are told apart
+(`convert_seconds`; `ready_seconds` of that first run hold them). Its `setup`, `main` and `fit` run unchanged;
+names that their module imported are replaced by ones that also tell the clock, and the run ends where checkpoints would
+be written.
 
 What is tuned, and what is as litgpt has it:
 
