@@ -84,7 +84,7 @@ def spec_of(contender: Contender, job: Job, steps: int, dtype: str, folder: Path
         method=workload.method,
         adapter=str(job.adapter) if job.adapter else None,
         r=job.recipe.adapter.r,
-        alpha=job.recipe.adapter.alpha,
+        alpha=int(job.recipe.adapter.alpha),
         dtype=dtype,
         steps=steps,
         micro_batch=workload.micro_batch,

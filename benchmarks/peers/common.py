@@ -43,7 +43,7 @@ class Spec:
     adapter: str | None = None
     """safetensors with PEFT's names: the first weights of the adapter."""
     r: int = 16
-    alpha: float = 32
+    alpha: int = 32
     """On all linear layers but the head, without dropout."""
     dtype: str = "float32"
     """What frozen weights are held in and multiplied in, unless the contender's own default is what is measured."""
