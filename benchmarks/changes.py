@@ -3,7 +3,9 @@
     python -m benchmarks.changes --data ../shared/data/instruct/alpaca_5000.json --dtype bfloat16 --rounds 8
 
 One model in one process; every round runs it as it is and once without each change (A B C … A B C …), on the same
-packed micro-batches. `--lengths` times the attention's backward alone instead, in both types, document by document.
+packed micro-batches. Instead, `--lengths` times the attention's backward alone, in both types, document by document;
+`--products` the matrix products of SmolLM2-135M's shapes, with how many cores they keep busy; `--profile` shows where
+the time of a pass goes, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -89,6 +91,37 @@ def lengths(options: argparse.Namespace) -> None:
         print(f"{length:5} tokens: bfloat16 {seconds[0]:6.2f} ms, float32 with its casts {seconds[1]:6.2f} ms")
 
 
+def products(options: argparse.Namespace) -> None:
+    """Prints GFLOP/s of [M, K] · [K, N] by shape, and the cores that were busy: processor time over time."""
+    dtype = getattr(torch, options.dtype)
+    for rows in (500, 1000, 2000):
+        for k, n in ((576, 576), (960, 576), (1536, 576), (3072, 576), (576, 960), (576, 1536), (576, 3072)):
+            pairs = [(torch.randn(rows, k).to(dtype), torch.randn(k, n).to(dtype)) for _ in range(4)]
+            seconds, began, used = [], time.perf_counter(), time.process_time()
+            for _ in range(2 + 4 * options.rounds):
+                start = time.perf_counter()
+                for x, weight in pairs:
+                    torch.mm(x, weight)
+                seconds.append(time.perf_counter() - start)
+            busy = (time.process_time() - used) / (time.perf_counter() - began)
+            rate = 2 * rows * k * n * len(pairs) / statistics.median(seconds[2:]) / 1e9
+            print(f"[{rows:4}, {k:4}] · [{k:4}, {n:4}]: {rate:5.0f} GFLOP/s on {busy:.1f} cores")
+
+
+def profile(options: argparse.Namespace) -> None:
+    """Prints the operations of one pass that take most of its time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    work = Work(options.data, options.micro_batch, 2)
+    model = contenders("lora", getattr(torch, options.dtype), work, with_hf=False)[ALL]
+    for _ in range(2):
+        model.run()
+    with profiled(activities=[ProfilerActivity.CPU]) as found:
+        model.run()
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="benchmarks.changes")
@@ -96,10 +129,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--micro-batch", type=int, default=8, help="documents")
     parser.add_argument("--rounds", type=int, default=8, help="after one that warms up")
-    parser.add_argument("--lengths", action="store_true", help="the attention's backward alone, by length")
+    other = parser.add_mutually_exclusive_group()
+    for own in (lengths, products, profile):
+        said = (own.__doc__ or "").splitlines()[0]
+        other.add_argument(f"--{own.__name__}", dest="run", action="store_const", const=own, help=said)
     options = parser.parse_args()
     torch.set_num_threads(usable_cores())
-    (lengths if options.lengths else steps)(options)
+    (options.run or steps)(options)
 
 
 if __name__ == "__main__":

@@ -73,13 +73,7 @@ def preparation(options: argparse.Namespace, folder: Path) -> Figures:
     write_rows(Path(options.data) / WORKLOADS["W1"].data, rows, options.rows)
     as_prompts(rows, prompts)
     found: dict[str, list[float]] = {"ours, cold": [], "ours, warm": [], "trl": []}
-    theirs = [
-        str(python_of("trl")),
-        "-m",
-        "benchmarks.peers.trl_prepare",
-        str(locate_base("smollm2-135m")),
-        str(prompts),
-    ]
+    theirs = [str(python_of("trl")), "-m", "benchmarks.peers.trl_prepare", str(locate_base("smollm2-135m"))]
     for number in range(options.rounds):
         cache = folder / f"cache-{number}"
         cache.mkdir()
@@ -89,7 +83,7 @@ def preparation(options: argparse.Namespace, folder: Path) -> Figures:
         shutil.rmtree(cache)
         # A cache of datasets' own in a folder that is new in every round: the second one would only open it.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / f"datasets-{number}")}
-        line = [*theirs, str(usable_cores())]
+        line = [*theirs, str(prompts), str(usable_cores())]
         done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
         found["trl"].append(json.loads(done.stdout.splitlines()[-1])["seconds"])
         said = ", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in found.items())
