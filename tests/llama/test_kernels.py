@@ -63,7 +63,7 @@ def test_short_documents_in_bfloat16_have_their_gradient_in_float32(monkeypatch)
 
     def gradient(wide: int, dtype: torch.dtype) -> torch.Tensor:
         monkeypatch.setattr(attention, "WIDE_UP_TO", wide)
-        source = qkv.to(dtype).requires_grad_()
+        source = qkv.to(dtype, copy=True).requires_grad_()
         context = Packed(bounds, angles.cos(), angles.sin(), heads, dtype)
         context.attend(source * 1.0, 0).backward(grad.to(dtype))
         assert source.grad is not None and source.grad.dtype == dtype
