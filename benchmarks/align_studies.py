@@ -32,8 +32,8 @@ from benchmarks.align_claims import (
     series,
 )
 from benchmarks.align_table import shown
+from benchmarks.machine import RESULTS, describe, machine
 from benchmarks.runs import Training
-from benchmarks.train import RESULTS, describe, machine
 from llama_ft.errors import user_facing
 from llama_ft.files import write_json, write_text
 from llama_ft.recipe import load_recipe

@@ -24,7 +24,6 @@ from benchmarks import merge
 from benchmarks.contenders import CONTENDERS
 from benchmarks.data import measure, write_rows
 from benchmarks.run import ROOT, Failed, run_once, spec_of
-from benchmarks.train import RECIPE
 from benchmarks.venvs import python_of
 from benchmarks.workloads import WORKLOADS, prepare_job
 from llama_ft import load_recipe, prepare_data
@@ -33,6 +32,7 @@ from llama_ft.llama.base import locate_base
 from llama_ft.paths import cache_dir
 from llama_ft.plan.hardware import usable_cores
 
+RECIPE = WORKLOADS["W1"].recipe
 SHAPE = "smollm2-135m"
 Figures = dict[str, list[float] | str]
 

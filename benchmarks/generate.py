@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.train import RESULTS, describe, machine
+from benchmarks.machine import RESULTS, describe, machine
 from llama_ft.evaluate.opening import open_model
 from llama_ft.evaluate.subject import Subject
 from llama_ft.files import write_json, write_text

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train import RESULTS
+from benchmarks.machine import RESULTS
 
 CONTENDERS = (
     "ours",

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from benchmarks.train import RESULTS, describe, machine, measured
+from benchmarks.machine import RESULTS, describe, machine, measured
 from llama_ft.adapters.rows import row_parts, stored_rows
 from llama_ft.files import flush_to_disk, write_json, write_text
 from llama_ft.llama.checkpoints.shards import SHARD_BYTES, stored_tensors, write_model

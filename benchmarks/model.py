@@ -6,7 +6,7 @@ SmolLM2-135M, LoRA r 16 on all linear layers (or `--method full`), Alpaca rows p
 and in turn: transformers + PEFT on padded batches, our plain twins, then each fast path added to those before it. Every
 round also times matrix products of the model's own shapes, forward and both backward orientations: their rate is the
 machine's limit, and `fraction` is what of it the training reaches, counting the FLOP of the formula in `flop_per_token`
-whatever a path manages to leave out. `--peers trl` adds TRL's trainer, in processes of its own (benchmarks.train).
+whatever a path manages to leave out. Peers have processes of their own: `benchmarks.run`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as Reference
 
-from benchmarks import train
+from benchmarks.machine import RESULTS, describe, machine
 from llama_ft import load_recipe, prepare_data
 from llama_ft.adapters.fused import fused_project
 from llama_ft.adapters.lora import attach_lora
@@ -39,6 +39,7 @@ from llama_ft.llama.load import load_model
 from llama_ft.llama.projections import Project, project, project_each
 from llama_ft.recipe.schema import Adapter
 
+RECIPE = "alpaca/smollm2-135m-lora"
 Batch = dict[str, Tensor]
 CPU = torch.device("cpu")
 HF = "transformers + PEFT, padded"
@@ -67,9 +68,7 @@ class Work:
     """The same documents as micro-batches, packed and padded, and what is in them."""
 
     def __init__(self, data: str, micro_batch: int, batches: int, seed: int = 42):
-        recipe = load_recipe(
-            train.RECIPE, [f"data.0.path={Path(data).resolve()}", "data.0.limit=400", "eval_data=null"]
-        )
+        recipe = load_recipe(RECIPE, [f"data.0.path={Path(data).resolve()}", "data.0.limit=400", "eval_data=null"])
         rows = prepare_data(recipe).train
         order = document_order(len(rows), seed, 0)
         groups = [[rows[int(i)] for i in order[n * micro_batch : (n + 1) * micro_batch]] for n in range(batches)]
@@ -266,27 +265,21 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8, help="documents")
     parser.add_argument("--batches", type=int, default=2, help="micro-batches per round")
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
-    parser.add_argument("--peers", default="", help="also run these through benchmarks.train: trl")
-    parser.add_argument("--peer-rounds", type=int, default=5)
     parser.add_argument("--no-hf", action="store_true", help="leave transformers + PEFT out")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    about = train.machine()
+    about = machine()
     results = [ladder(options, name) for name in options.dtypes.split(",")]
     command = f"`python -m benchmarks.model {' '.join(sys.argv[1:])}`"
-    text = f"{command}\n\n{train.describe(about)}. {options.rounds} rounds.\n\n"
+    text = f"{command}\n\n{describe(about)}. {options.rounds} rounds.\n\n"
     text += "\n\n".join(table(result) for result in results) + "\n"
     data = {"machine": about, "ladders": results}
-    if options.peers:
-        flags = ["--peers", options.peers, "--rounds", str(options.peer_rounds), "--data", options.data, "--no-write"]
-        peers_text, data["peers"] = train.compare(train.parse([*flags, "--method", options.method]), about)
-        text += f"\n{peers_text}"
     print(text)
     if not options.no_write:
-        train.RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(exist_ok=True)
         stem = f"model-{options.method}-cpu-{about['date']}"
-        (train.RESULTS / f"{stem}.md").write_text(text)
-        (train.RESULTS / f"{stem}.json").write_text(json.dumps(data, indent=1))
+        (RESULTS / f"{stem}.md").write_text(text)
+        (RESULTS / f"{stem}.json").write_text(json.dumps(data, indent=1))
 
 
 if __name__ == "__main__":

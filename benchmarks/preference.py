@@ -18,18 +18,15 @@ import math
 import statistics
 import sys
 import tempfile
-import threading
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from benchmarks import train
+from benchmarks.machine import RESULTS, describe, machine, measured
 from benchmarks.pairs import Step, bfloat16_noise, choose_rows, expected_steps, write_pairs
 from benchmarks.trl_dpo import VARIANTS
 from llama_ft import load_recipe, prepare_data
@@ -92,40 +89,6 @@ def write_adapter(recipe: Recipe, prepared: Prepared, folder: Path) -> Path:
     weights = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(weights, folder / "adapter.safetensors")
     return folder / "adapter.safetensors"
-
-
-class Memory(threading.Thread):
-    """The largest sum of the resident memory of processes that start below this one, looked at five times a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.done, self.peak = threading.Event(), 0
-        self.others = {process.pid for process in psutil.Process().children(recursive=True)}
-
-    def run(self) -> None:
-        while not self.done.wait(0.2):
-            held = 0
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    if process.pid in self.others:
-                        continue
-                    held += process.memory_info().rss
-            self.peak = max(self.peak, held)
-
-    def __enter__(self) -> Memory:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.join()
-
-
-def measured(command: list[str], folder: Path) -> tuple[float, float]:
-    """Runs a command; (seconds, peak resident GiB of its process tree)."""
-    with Memory() as memory:
-        seconds, largest = train.measured(command, folder)
-    return seconds, max(largest, memory.peak / 2**30)
 
 
 def run_ours(name: str, recipe: Recipe, overrides: list[str], folder: Path) -> dict[str, Any]:
@@ -330,12 +293,12 @@ def compare(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def write(options: argparse.Namespace, command: str, stem: str) -> None:
     """Compares, prints the table, and unless asked not to, writes it with everything measured to `results/`."""
-    about = train.machine()
+    about = machine()
     text, data = compare(options)
-    text = f"`{command}`\n\n{train.describe(about)}.\n\n{text}"
+    text = f"`{command}`\n\n{describe(about)}.\n\n{text}"
     print(text)
     if not options.no_write:
-        file = train.RESULTS / f"{stem}-{about['date']}"
+        file = RESULTS / f"{stem}-{about['date']}"
         file.with_suffix(".md").write_text(text)
         file.with_suffix(".json").write_text(json.dumps({"machine": about, **data}, indent=1))
 

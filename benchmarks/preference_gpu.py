@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks import gpu
+from benchmarks.machine import RESULTS
 from benchmarks.preference import FIRST_LOSS
-from benchmarks.train import RESULTS
 from benchmarks.trl_dpo import COLUMNS
 from llama_ft.data.ends import PairCollator, per_end
 from llama_ft.data.render import MASKED

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import gates, preference, tables, train
+from benchmarks import gates, preference, tables
 from benchmarks.contenders import CONTENDERS, OURS, Contender
+from benchmarks.machine import RESULTS, Memory, describe, machine
 from benchmarks.model import Gemm, Shares, flop_per_token
 from benchmarks.peers.common import Spec, Step
-from benchmarks.preference import Memory
 from benchmarks.venvs import NoEnvironment
 from benchmarks.workloads import WORKLOADS, Job, prepare_job
 from llama_ft.llama.base import locate_base
@@ -214,14 +214,14 @@ def main() -> None:
     if options.workload == "W4":
         pairs(options, command)
         return
-    about = train.machine()
+    about = machine()
     found: dict[str, Any] = {"command": command, "machine": about, "dtype": options.dtype, "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as name:
         if options.workload == "W5":
             from benchmarks import chores
 
             text, figures = chores.compare(options, Path(name))
-            text = f"`{command}`\n\n{train.describe(about)}.\n\n{text}"
+            text = f"`{command}`\n\n{describe(about)}.\n\n{text}"
             found |= figures
         else:
             found |= compare(options, Path(name))
@@ -229,7 +229,7 @@ def main() -> None:
     print(text)
     if options.no_write:
         return
-    stem = train.RESULTS / f"{options.workload.lower()}-cpu-{about['date']}"
+    stem = RESULTS / f"{options.workload.lower()}-cpu-{about['date']}"
     stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
     stem.with_suffix(".md").write_text(text)
     if options.workload in WORKLOADS:

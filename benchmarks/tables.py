@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, OURS
-from benchmarks.train import describe
+from benchmarks.machine import describe
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import preference, preference_gpu, trl_dpo
+from benchmarks import machine, preference, preference_gpu, trl_dpo
 from benchmarks.pairs import as_trl, bfloat16_noise, choose_rows, expected_steps, spread, write_pairs
 from llama_ft import load_recipe, prepare_data, train_recipe
 from llama_ft.data.render import MASKED
@@ -168,7 +168,7 @@ def test_memory_of_a_process_tree(tmp_path):
     hold = "import time; held = bytearray(200 << 20); time.sleep(1.5)"
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; p.wait()"
     try:
-        _, rss = preference.measured([sys.executable, "-c", code], tmp_path)
+        _, rss = machine.measured([sys.executable, "-c", code], tmp_path)
     finally:
         other.kill()
         other.wait()

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import trl_sft
+from benchmarks.peers import trl
+from benchmarks.peers.common import Clock, Spec
+from benchmarks.preference import write_adapter
 from llama_ft import load_recipe, prepare_data
 from llama_ft.data.order import document_order
 from llama_ft.errors import MachineFault, UserError
@@ -35,6 +37,8 @@ def test_losses_equal_a_float32_trl_reference(small_base, real_data, tmp_path):
         "training.global_batch=8",
         "training.max_steps=6",
         "training.learning_rate=1e-3",
+        "training.schedule=constant",
+        "training.warmup=0.0",
         "export.merged=false",
         f"output_dir={tmp_path / 'run'}",
     ]
@@ -47,24 +51,19 @@ def test_losses_equal_a_float32_trl_reference(small_base, real_data, tmp_path):
     rows = [{key: train[int(i)][key] for key in ("input_ids", "labels")} for i in order]
     documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "trl.json"
-    trl_sft.main(
-        {
-            "model": str(small_base),
-            "documents": str(documents),
-            "variant": "trl-fp32",
-            "steps": 6,
-            "micro_batch": 8,
-            "accumulation": 1,
-            "learning_rate": 1e-3,
-            "warmup": recipe.training.warmup,
-            "seed": recipe.training.seed,
-            "method": "lora",
-            "r": 16,
-            "alpha": 32,
-            "threads": torch.get_num_threads(),
-            "out": str(out),
-        }
+    spec = Spec(
+        contender="trl-tuned",
+        model=str(small_base),
+        documents=str(documents),
+        adapter=str(write_adapter(recipe, prepare_data(recipe), tmp_path)),
+        steps=6,
+        learning_rate=1e-3,
+        threads=torch.get_num_threads(),
+        out=str(out),
     )
+    clock = Clock(spec)
+    trl.run(spec, clock)
+    clock.write()
     expected = [step["loss"] for step in json.loads(out.read_text())["steps"]]
     found = metric(tmp_path / "run")
     assert len(found) == 6
