@@ -115,7 +115,7 @@ def table(found: dict[str, Figures], options: argparse.Namespace) -> str:
                 lines.append(f"| {name} | {seconds} | |")
                 continue
             middle = statistics.median(seconds)
-            ratio = f"{middle / statistics.median(ours):.1f}×" if isinstance(ours, list) and ours else "–"
+            ratio = f"{middle / statistics.median(ours):.2g}×" if isinstance(ours, list) and ours else "–"
             lines.append(f"| {name} | {middle:.1f} ({min(seconds):.1f}–{max(seconds):.1f}) | {ratio} |")
         lines.append("")
     return "\n".join(lines)
