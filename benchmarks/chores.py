@@ -115,7 +115,8 @@ def table(found: dict[str, Figures], options: argparse.Namespace) -> str:
                 lines.append(f"| {name} | {seconds} | |")
                 continue
             middle = statistics.median(seconds)
-            ratio = f"{middle / statistics.median(ours):.2g}×" if isinstance(ours, list) and ours else "–"
-            lines.append(f"| {name} | {middle:.1f} ({min(seconds):.1f}–{max(seconds):.1f}) | {ratio} |")
+            ratio = middle / statistics.median(ours) if isinstance(ours, list) and ours else None
+            said = "–" if ratio is None else f"{ratio:.1f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
+            lines.append(f"| {name} | {middle:.1f} ({min(seconds):.1f}–{max(seconds):.1f}) | {said} |")
         lines.append("")
     return "\n".join(lines)

@@ -8,12 +8,15 @@ from typing import Annotated
 
 import typer
 
+from llama_ft.data.filter_verb import filter_text
+from llama_ft.data.vocabulary.verb import tokenizer
 from llama_ft.errors import user_facing
 from llama_ft.evaluate.compare_verb import compare
 from llama_ft.evaluate.sweep_verb import sweep
 from llama_ft.evaluate.verb import evaluate
 from llama_ft.export.verb import export
 from llama_ft.launch.verb import launch
+from llama_ft.plan.verb import plan
 from llama_ft.serve.chat_verb import chat
 from llama_ft.serve.serve_verb import serve
 
@@ -115,7 +118,7 @@ def preview(
         preview_recipe(recipe, overrides or [], limit=limit, as_json=as_json, html=html)
 
 
-data = typer.Typer(help="Prepare, look over and clean data.", no_args_is_help=True)
+data = typer.Typer(help="Prepare, look over, clean and filter data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 
@@ -179,23 +182,12 @@ def clean(
         )
 
 
-@app.command()
-def plan(
-    recipe: RecipeArg,
-    overrides: Overrides = None,
-    hardware: Annotated[
-        str | None, typer.Option(help="8xH100-80GB, 4090, 24GiB, cpu.", show_default="this one")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout; bytes, seconds.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="A table of methods and cards for the recipe's base.")] = False,
-    price: Annotated[float | None, typer.Option(help="Of one device and hour, in any currency.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Tell what a run will take, before it costs anything: tokens, steps, memory, time, disk, price, launch line."""
-    with user_facing(debug=debug):
-        from llama_ft.plan.commands import plan_recipe
+data.command(name="filter")(filter_text)
 
-        plan_recipe(recipe, overrides or [], hardware=hardware, as_json_text=as_json, sweeping=sweep, price=price)
+
+app.add_typer(tokenizer, name="tokenizer")
+
+app.command()(plan)
 
 
 @app.command()

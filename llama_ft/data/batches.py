@@ -52,6 +52,13 @@ class PackedCollator:
         }
 
 
+class PackCollator(PackedCollator):
+    """The same of packs, `{"documents": [...]}`, and of single documents, whose own they are."""
+
+    def __call__(self, documents: Sequence[Document]) -> Batch:
+        return super().__call__([one for pack in documents for one in pack.get("documents", [pack])])
+
+
 @dataclass(frozen=True)
 class PaddedCollator:
     """One document a row, padded on the right to the longest with `pad_id`, which carries no loss and no attention.

@@ -112,7 +112,7 @@ class _Run:
         near = job.mixture.dedupe == "near"
         self.copies: CopyIndex[bytes] = CopyIndex("near" if near else "exact", job.mixture.similarity)
 
-    def chunks(self, workers: Workers, number: int) -> Iterator[Chunk]:
+    def chunks(self, workers: Workers[Chunk], number: int) -> Iterator[Chunk]:
         """The chunks of a source, with what they say of themselves counted."""
         report, of_file = self.reports[number], Problems()
         for chunk in workers.chunks(number, of_file):
@@ -129,7 +129,7 @@ class _Run:
                 yield chunk
         self.problems.take(of_file)
 
-    def evaluate(self, workers: Workers) -> None:
+    def evaluate(self, workers: Workers[Chunk]) -> None:
         """Evaluation sources to their file, their conversations beside it; what they say is remembered."""
         if not isinstance(self.job.evaluation, list):
             return
@@ -143,7 +143,7 @@ class _Run:
                     self._keep(_of_its_list(chunk.batch, place), self.reports[number], writer)
                     spoken.writelines(f"{messages}\n" for messages in chunk.batch["messages"].to_pylist())
 
-    def train(self, workers: Workers) -> None:
+    def train(self, workers: Workers[Chunk]) -> None:
         """Training sources to their file, or to candidates that a holdout is then drawn from."""
         share = self.job.evaluation if isinstance(self.job.evaluation, float) else None
         schema = schema_of(self.job.train, messages=self.job.keep_messages)

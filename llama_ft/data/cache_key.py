@@ -29,6 +29,7 @@ def cache_key(job: Job, hashes: dict[str, Any]) -> str:
             source.limit,
             source.unit,
             source.shape,
+            *([source.quality.steps, source.quality.languages] if source.quality else []),
         ]
 
     share = job.evaluation if isinstance(job.evaluation, float) else None
@@ -46,26 +47,32 @@ def cache_key(job: Job, hashes: dict[str, Any]) -> str:
         "messages": job.keep_messages,
         "sequence": sequence.model_dump(exclude={"packing"}),
         "code": [llama_ft.__version__, _code_hash(), *map(version, ("transformers", "tokenizers", "jinja2"))],
-        "near": _near_version() if mixture.dedupe == "near" else None,
+        "near": _version("datasketch") if mixture.dedupe == "near" else None,
+        "language": _version("py3langid") if any(_tells_languages(source) for source in job.sources) else None,
     }
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _near_version() -> str | None:
-    """The version of what looks for near copies; where it is missing, the preparation says so."""
+def _tells_languages(source: Source) -> bool:
+    return source.quality is not None and "language" in source.quality.steps
+
+
+def _version(package: str) -> str | None:
+    """The version of a package that documents depend on; where it is missing, the preparation says so."""
     with suppress(PackageNotFoundError):
-        return version("datasketch")
+        return version(package)
     return None
 
 
 def _code_hash() -> str:
     """The code that makes documents; what only shows them or lays them out, or cleans files before, may change."""
     shows = ("page", "cleaning", "clean.py", "commands.py", "preview.py", "show.py")
+    filters = ("filter.py", "filter_report.py", "filter_rows.py", "filter_verb.py")
     lays_out = ("balance.py", "batches.py", "ends.py", "others.py")
     files = [*(PACKAGE / "data").rglob("*.py"), *(PACKAGE / "tokenizer").rglob("*.py")]
     digest = hashlib.sha256()
     for path in sorted(files):
-        if path.relative_to(PACKAGE).parts[1] not in (*shows, *lays_out):
+        if path.relative_to(PACKAGE).parts[1] not in (*shows, *filters, *lays_out):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

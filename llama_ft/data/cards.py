@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, StrictInt, StrictStr, Tag, ValidationError
 
-from llama_ft.data.python_code import SPLITS
+from llama_ft.data.python_code import SPLITS, What
 from llama_ft.errors import UserError, did_you_mean, nearest
 from llama_ft.paths import find_file, shipped_root
 from llama_ft.recipe.nodes import Findings, Items, Map, Mark, Node, Source, plain
@@ -42,8 +42,10 @@ class Hub(Section):
 class Python(Section):
     """Rows made from the standard library of the Python that runs."""
 
-    python: Literal["docstrings", "files"]
-    """docstrings: documented functions, as alpaca rows both ways; files: whole modules, as text."""
+    python: What
+    """docstrings: documented functions, as alpaca rows both ways; as text, files: whole modules, long-files: those of
+    8,192 tokens or so and more, functions: the code of documented functions, docs: what modules say of themselves,
+    reference: that of the language."""
 
 
 class Tokens(Section):

@@ -57,7 +57,7 @@ def clean_files(
     Raises :class:`UserError` for sources that cannot be read, most rows of a source malformed, an output that exists,
     or a library that a step needs.
     """
-    _check_output(output, paths, overwrite)
+    check_output(output, paths, overwrite)
     sources = open_sources([Data(path=str(path), layout=layout) for path in paths], "source")
     for number, source in enumerate(sources):
         check_source(source, number)
@@ -218,7 +218,8 @@ def print_clean_report(report: CleanReport, out: IO[str]) -> None:
     console(out).print(Text("\n".join(lines)))
 
 
-def _check_output(output: Path, paths: Sequence[Path], overwrite: bool) -> None:
+def check_output(output: Path, paths: Sequence[Path], overwrite: bool) -> None:
+    """Raises :class:`UserError` for an output that is no .jsonl, an input, a folder, or there already."""
     if output.suffix != ".jsonl":
         raise UserError(
             f"the output is a .jsonl, found {output.name}", key="output", hint=f"--output {output.stem}.jsonl"

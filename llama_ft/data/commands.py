@@ -1,4 +1,4 @@
-"""`llama-ft data …`: prepare a recipe's data, tell what sets hold, clean logs of conversations."""
+"""`llama-ft data …`: prepare a recipe's data, tell what sets hold, clean logs of conversations, filter text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llama_ft.data.prepare import Prepared, inspect_data, prepare_data
 from llama_ft.data.show import console, print_report, rows_line
-from llama_ft.data.sources import Source, open_sources
+from llama_ft.data.sources import Source, named, open_sources
 from llama_ft.recipe import load_recipe
 from llama_ft.recipe.schema import Data, Recipe
 
@@ -44,18 +44,11 @@ def print_data_table(sources: list[str], *, template: str | None, tokenizer: str
         table.add_column(name, justify="right")
     table.add_column("dropped, changed, faults", overflow="fold")
     for name in sources:
-        entry = _entry(name)
+        entry = named(name)
         (source,) = open_sources([entry])
         prepared = inspect_data(_recipe_for(source, entry, template, tokenizer, max_length))
         table.add_row(*map(Text, _line(name, source, prepared)))
     console(sys.stdout, TABLE_WIDTH).print(table)
-
-
-def _entry(name: str) -> Data:
-    """A file, a folder or a pattern by path; else a card."""
-    path = Path(name).expanduser()
-    is_path = path.exists() or any(mark in name for mark in "/*?[") or bool(path.suffix)
-    return Data(path=name) if is_path and path.suffix not in (".yaml", ".yml") else Data(use=name)
 
 
 def _recipe_for(source: Source, entry: Data, template: str | None, tokenizer: str, max_length: int) -> Recipe:
@@ -94,3 +87,14 @@ def clean_sources(sources: list[str], output: Path, **settings: Any) -> None:
     with rows_line() as progress:
         report = clean_files([Path(name) for name in sources], output, progress=progress, **settings)
     print_clean_report(report, sys.stdout)
+
+
+def filter_sources(sources: list[str], output: Path, *, steps: str | None, **settings: Any) -> None:
+    """Runs quality steps over texts and prints what each did. `steps`: names with commas between them, None for all."""
+    from llama_ft.data.filter import filter_files
+    from llama_ft.data.filter_report import print_filter_report
+
+    asked = None if steps is None else [name.strip() for name in steps.split(",") if name.strip()]
+    with rows_line() as progress:
+        report = filter_files([named(name) for name in sources], output, steps=asked, progress=progress, **settings)
+    print_filter_report(report, sys.stdout)

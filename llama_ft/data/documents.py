@@ -129,6 +129,8 @@ class DocumentMaker:
             example = read_example(value, source.layout, source.columns, where, problems)
             if example is not None and source.alone and example.rejected is not None:
                 example = replace(example, rejected=None, margin=None)
+            if example is not None and source.quality is not None:
+                example = source.quality.read(example)
             if example is not None:
                 examples.append((row, with_system(example, source.system)))
         jobs = [self._render(example) for _, example in examples]
@@ -244,14 +246,16 @@ class _Job:
     refusal: str | None = None
 
 
-def in_chunks(source: Source, problems: Problems, most: int) -> Iterator[list[Row]]:
-    """The rows of a source, at most so many at once, and fewer where they are long.
+def in_chunks(source: Source, problems: Problems, most: int, first: int = 0) -> Iterator[list[Row]]:
+    """The rows of a source from number `first` on, at most so many at once, and fewer where they are long.
 
     Each comes with what messages call it, which only the process that reads the file knows for nothing.
     """
     chunk: list[Row] = []
     size = 0
     for row, value in source.rows(problems):
+        if row < first:
+            continue
         chunk.append((row, source.where(row), value))
         size += _characters(value)
         if len(chunk) == most or size > CHUNK_CHARACTERS:

@@ -3,13 +3,13 @@
 Each source is an endless stream of its own permutations, and every pass takes the next documents of it, so none comes
 again before all have been seen. Everything follows from (sizes, counts, seed, epoch): no state is kept, a resumed run
 recomputes it, and it is the same on any number of processes. A stream of rows, too large to be indexed, is mixed by
-weighted draws and shuffled through a buffer instead.
+weighted draws and shuffled through a buffer instead, or, where shares of tokens are told, by what is owed to each.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -149,6 +149,35 @@ def shuffled(stream: Iterator[T], buffer: int, seed: int, epoch: int) -> Iterato
         held[place] = item
     draw.shuffle(held)
     yield from held
+
+
+class ByShare(Iterator[T]):
+    """Yields from several streams so that each keeps its share of what `size` counts, at every moment.
+
+    Next comes the stream that is furthest behind its share of all that was yielded, the first of equals: after any
+    number of items each is within one item of its share, where weighted draws would be off by the root of their number.
+    Ends where a stream ends. `given`: what each has yielded so far, in `size`; where it goes on from, all else is told
+    by the streams.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Iterator[T]],
+        shares: Sequence[float],
+        size: Callable[[T], int],
+        given: Sequence[int] = (),
+    ):
+        self.streams, self.size = streams, size
+        self.parts = [share / sum(shares) for share in shares]
+        self.given = list(given) or [0] * len(self.parts)
+
+    def __next__(self) -> T:
+        total = sum(self.given)
+        owed = [part * total - given for part, given in zip(self.parts, self.given, strict=True)]
+        place = max(range(len(owed)), key=lambda i: (owed[i], self.parts[i], -i))
+        item = next(self.streams[place])
+        self.given[place] += self.size(item)
+        return item
 
 
 def interleaved(streams: Sequence[Iterator[T]], weights: Sequence[float], seed: int, epoch: int) -> Iterator[T]:

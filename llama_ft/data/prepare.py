@@ -20,6 +20,7 @@ from llama_ft.data.examples import Conversation
 from llama_ft.data.mixture import Mixture, plan_counts
 from llama_ft.data.order import grouped_by_length, padding_share
 from llama_ft.data.packs import efficiency, first_fit_decreasing
+from llama_ft.data.pretraining import WINDOW
 from llama_ft.data.render import Renderer, TemplateRefusal
 from llama_ft.data.report import ALLOWABLE, NO_DOCUMENTS, Fault, Report
 from llama_ft.data.shared import saved_by_sharing
@@ -75,14 +76,6 @@ class Prepared:
     def lengths(self) -> np.ndarray:
         """Tokens of every training document, int32 [documents], without reading the documents."""
         return column(self.train, "length")
-
-    def packs(self, epoch: int = 0) -> list[np.ndarray]:
-        """An epoch's documents laid into rows of `sequence.max_length` tokens, as `pretrain` wants them.
-
-        Indices into `train`, one array per pack.
-        """
-        order = self.mixture.order(epoch)
-        return [order[pack] for pack in first_fit_decreasing(self.lengths[order], self.job.sequence.max_length)]
 
     @property
     def set_aside(self) -> dict[tuple[int, int, int], str]:
@@ -198,7 +191,8 @@ def _stream(recipe: Recipe, job: Job) -> DocumentStream:
     weights = [float(entry.weight) for entry in recipe.data]
     overlaps = overlap_indexes(job.benchmarks, job.held_out, decontaminate=job.mixture.decontaminate)
     maker = ChunkMaker(job.maker, recipe.sequence.train_on, job.seed, job.vocabulary, overlaps=overlaps)
-    return DocumentStream(maker, job.train, weights, recipe.mixture, job.seed)
+    shares = tuple(float(entry.share) for entry in recipe.data if entry.share is not None) or None
+    return DocumentStream(maker, job.train, weights, recipe.mixture, job.seed, shares)
 
 
 def _sample(source: Source) -> Source:
@@ -273,7 +267,7 @@ def _efficiency(recipe: Recipe, train: datasets.Dataset, mixture: Mixture) -> di
     lengths, limit = column(train, "length"), recipe.sequence.max_length
     if recipe.training.objective == "pretrain":
         some = lengths[mixture.order(0)[:PACKED]]  # enough to tell: a run opens its data in a moment, whatever its size
-        return {"fill of packs": efficiency(first_fit_decreasing(some, limit), some, limit)}
+        return {"fill of packs": efficiency(first_fit_decreasing(some, limit, window=WINDOW), some, limit)}
     micro_batch = recipe.training.micro_batch
     if recipe.sequence.packing or isinstance(micro_batch, str):
         return {}
@@ -283,6 +277,15 @@ def _efficiency(recipe: Recipe, train: datasets.Dataset, mixture: Mixture) -> di
         "padding": padding_share(grouped, lengths, micro_batch),
         "padding without grouping by length": padding_share(order, lengths, micro_batch),
     }
+
+
+def held_out_bytes(prepared: Prepared) -> int:
+    """Bytes of UTF-8 of the held-out documents, by which bits per byte are told; 0 where there are none."""
+    if prepared.eval is None:
+        return 0
+    documents: Any = prepared.eval.with_format("numpy")
+    texts = (prepared.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in documents)
+    return sum(len(str(text).encode()) for text in texts)
 
 
 def column(documents: datasets.Dataset, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from llama_ft.data.hub_rows import HubRows, open_hub
 from llama_ft.data.layouts import LAYOUTS, check_layout, guess_layout
 from llama_ft.data.problems import Problems
 from llama_ft.data.python_code import PythonRows, open_python
+from llama_ft.data.quality.steps import Quality
 from llama_ft.errors import Problem, UserError
 from llama_ft.recipe.schema import Data
 
@@ -29,7 +30,7 @@ class Source:
 
     `columns` renames the layout's keys, `system` is the system prompt of conversations that have none, `limit` the
     number of rows taken. `guessed` says what was guessed about the layout, in a sentence; None if all was said.
-    `alone`: of a pair only the better answer is wanted.
+    `alone`: of a pair only the better answer is wanted. `quality`: the steps that judge its texts, if any.
     """
 
     origin: Origin
@@ -40,6 +41,7 @@ class Source:
     unit: str = "file"
     guessed: str | None = None
     alone: bool = False
+    quality: Quality | None = None
 
     @property
     def shape(self) -> str:
@@ -89,6 +91,15 @@ class Source:
         return self.origin.unchanged()
 
 
+def named(name: str, limit: int | None = None) -> Data:
+    """What a user means on the command line: a file, a folder or a pattern by path; else a card. `limit`: its rows."""
+    path = Path(name).expanduser()
+    is_path = path.exists() or any(mark in name for mark in "/*?[") or bool(path.suffix)
+    if is_path and path.suffix not in (".yaml", ".yml"):
+        return Data(path=name, limit=limit)
+    return Data(use=name, limit=limit)
+
+
 def open_sources(entries: list[Data], section: str = "data", *, streaming: bool = False) -> list[Source]:
     """Opens every entry of `data` (or `eval_data`); raises one :class:`UserError` with the problems of all of them.
 
@@ -119,7 +130,18 @@ def _open(entry: Data, key: str, streaming: bool) -> Source:
         card.check_split(entry.split, key=f"{key}.split")
         origin = _of_card(card, entry, key, streaming)
     settled, renames, guessed = _settled(origin, layout, columns, key)
-    return Source(origin, settled, renames, entry.system, entry.limit, entry.unit, guessed)
+    quality = _quality(entry, settled, key)
+    return Source(origin, settled, renames, entry.system, entry.limit, entry.unit, guessed, quality=quality)
+
+
+def _quality(entry: Data, layout: str, key: str) -> Quality | None:
+    if not entry.quality:
+        return None
+    if layout != "text":  # a card's layout, or a guessed one, is known only now
+        raise UserError(f"the steps judge text, not {layout} rows", key=f"{key}.quality", hint="remove quality")
+    quality = Quality(tuple(entry.quality), tuple(entry.languages))
+    quality.check(f"{key}.languages")
+    return quality
 
 
 def _of_card(card: Card, entry: Data, key: str, streaming: bool) -> Origin:

@@ -31,7 +31,8 @@ class DocumentStream:
     """An endless stream of documents `{"input_ids", "labels"}` (int32 [tokens]) with `source`, `row` and `part`.
 
     Picklable.
-    `weights`: how often a source is drawn from, relative to the others. `allowed`: preflight faults that were accepted.
+    `weights`: how often a source is drawn from, relative to the others. `shares`: of all tokens, in place of weights,
+    for :class:`llama_ft.data.shares.SharedStream`. `allowed`: preflight faults that were accepted.
     """
 
     maker: ChunkMaker
@@ -39,29 +40,25 @@ class DocumentStream:
     weights: list[float]
     mixture: Mixture
     seed: int
+    shares: tuple[float, ...] | None = None
     allowed: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Pass after pass. Raises :class:`UserError` at the first malformed row, and for sources that give nothing."""
         for number in count():
-            documents = self.one_pass(number)
-            first = next(documents, None)
-            if first is None:
-                hint = "llama-ft preview shows its rows"
-                raise UserError("the stream holds no documents", where=self.sources[0].label, hint=hint)
-            yield first
-            yield from documents
+            yield from _some(self.one_pass(number), self.sources[0])
 
     def one_pass(self, number: int) -> Iterator[dict[str, Any]]:
         """Every document once (of a source with weight 0 none), in the order of pass `number`."""
         used = [i for i, weight in enumerate(self.weights) if weight]
-        streams = [self._documents(i) for i in used]
+        streams = [self.documents_of(i) for i in used]
         mixed = interleaved(streams, [self.weights[i] for i in used], self.seed, number)
         yield from shuffled(mixed, self.mixture.shuffle_buffer, self.seed, number)
 
-    def _documents(self, number: int) -> Iterator[dict[str, Any]]:
+    def documents_of(self, number: int, first: int = 0) -> Iterator[dict[str, Any]]:
+        """The documents of a source in file order, from row `first` on; the rows before it are read over."""
         source, problems = self.sources[number], Problems()
-        for rows_of_chunk in in_chunks(source, problems, CHUNK):
+        for rows_of_chunk in in_chunks(source, problems, CHUNK, first):
             chunk = self.maker.make(source, number, rows_of_chunk)
             problems.take(chunk.problems)
             problems.raise_if_any()
@@ -89,3 +86,13 @@ class DocumentStream:
         if name not in self.allowed:
             what = f"preflight fault {name}{f': {detail}' if detail else ''}"
             raise UserError(what, where=where, hint=f"accept it with --allow {name}; training goes on with --resume")
+
+
+def _some(documents: Iterator[dict[str, Any]], source: Source) -> Iterator[dict[str, Any]]:
+    """The documents of a pass; one without any would come again and again."""
+    first = next(documents, None)
+    if first is None:
+        hint = "llama-ft preview shows its rows"
+        raise UserError("the stream holds no documents", where=source.label, hint=hint)
+    yield first
+    yield from documents

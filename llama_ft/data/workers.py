@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import IO
+from typing import IO, Any, Generic, Protocol, TypeVar
 
-from llama_ft.data.chunks import Chunk, ChunkMaker
 from llama_ft.data.documents import CHUNK, Row, in_chunks
 from llama_ft.data.problems import Problems
 from llama_ft.data.sources import Source
@@ -31,10 +30,22 @@ AHEAD = 2
 """Chunks per process that may be under way or waiting to be written: enough to keep all busy, memory stays flat."""
 
 
-class Workers:
+Made = TypeVar("Made")
+Made_co = TypeVar("Made_co", covariant=True)
+
+
+class Maker(Protocol[Made_co]):
+    """What makes something of a chunk of rows, in any process: it and what it makes are picklable."""
+
+    def make(self, source: Source, number: int, rows: list[Row]) -> Made_co:
+        """Of `rows`, which belong to source number `number`."""
+        ...
+
+
+class Workers(Generic[Made]):
     """Processes that make chunks; a context manager. `processes`: how many at the most, None for one per core."""
 
-    def __init__(self, maker: ChunkMaker, sources: list[Source], processes: int | None = None):
+    def __init__(self, maker: Maker[Made], sources: list[Source], processes: int | None = None):
         self._maker = maker
         self._sources = sources
         self._count = processes if processes is not None else min(len(os.sched_getaffinity(0)), MOST)
@@ -43,7 +54,7 @@ class Workers:
         self._threads: ThreadPoolExecutor | None = None
         self._made = 0
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Workers[Made]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,10 +65,10 @@ class Workers:
         for child in self._children:
             child.wait()
 
-    def chunks(self, number: int, problems: Problems) -> Iterator[Chunk]:
+    def chunks(self, number: int, problems: Problems) -> Iterator[Made]:
         """The chunks of source `number`, in order. What is wrong with its file is noted in `problems`."""
         source = self._sources[number]
-        waiting: deque[Future[Chunk]] = deque()
+        waiting: deque[Future[Made]] = deque()
         for chunk in in_chunks(source, problems, CHUNK):
             if self._made < ALONE or self._count < 2:
                 self._made += 1
@@ -87,13 +98,13 @@ class Workers:
             child.stdin.flush()
         self._idle.put(child)
 
-    def _ask(self, number: int, rows: list[Row]) -> Chunk:
+    def _ask(self, number: int, rows: list[Row]) -> Made:
         child = self._idle.get()
         try:
             assert child.stdin is not None and child.stdout is not None
             pickle.dump((number, rows), child.stdin, pickle.HIGHEST_PROTOCOL)
             child.stdin.flush()
-            answer = pickle.load(child.stdout)
+            answer: Any = pickle.load(child.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             child.kill()  # its pipes are no use any more, whatever became of it
             what = f"a process that prepares data ended (exit status {child.wait()})"
@@ -129,10 +140,10 @@ def serve() -> None:
             answer(maker, sources[number], number, rows, chunks_out)
 
 
-def answer(maker: ChunkMaker, source: Source, number: int, rows: list[Row], out: IO[bytes]) -> None:
+def answer(maker: Maker[Any], source: Source, number: int, rows: list[Row], out: IO[bytes]) -> None:
     """Makes a chunk and writes it, or the error for the other side to raise as its own."""
     try:
-        made: Chunk | BaseException = maker.make(source, number, rows)
+        made: Any = maker.make(source, number, rows)
     except Exception as error:
         made = error
     try:

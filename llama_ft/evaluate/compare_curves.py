@@ -82,7 +82,9 @@ def lines_html(kind: Curve, lines: Sequence[Line]) -> str:
         f'<text x="{100 * x(step):.2f}%" y="14" text-anchor="{_anchor(x(step))}">{step:,}</text>'
         for step in step_ticks(first, last)
     )
-    words = "; ".join(f"{line.letter} {kind.said(line.values[-1][1])} at step {line.values[-1][0]:,}" for line in found)
+    words = "; ".join(
+        f"{line.letter} {kind.said(line.values[-1][1])} at {kind.by} {line.values[-1][0]:,}" for line in found
+    )
     keys = "".join(
         f'<li><svg viewBox="0 0 24 8" aria-hidden="true"><path {line.stroke} stroke-width="2" d="M0 4h24"/></svg>'
         f"{line.letter}</li>"
@@ -93,11 +95,11 @@ def lines_html(kind: Curve, lines: Sequence[Line]) -> str:
     name = f"{kind.name}, smoothed" if means else kind.name
     box = f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true"'
     return (
-        f'<figure class="curve{" large" if kind.large else ""}" data-by="step" data-points="{told}">'
+        f'<figure class="curve{" large" if kind.large else ""}" data-by="{kind.by}" data-points="{told}">'
         f"<figcaption><strong>{name}</strong> <span>{words}.</span>"
         f'<ul class="keys">{keys}</ul></figcaption>'
         f'<div class="chart"><div class="scale" aria-hidden="true">{scale}</div>'
-        f'<div class="plot" tabindex="0" role="img" aria-label="{name} by step. {words}.">'
+        f'<div class="plot" tabindex="0" role="img" aria-label="{name} by {kind.by}. {words}.">'
         f"<svg {box}>{''.join(paths)}</svg></div>"
         f'<svg class="steps" aria-hidden="true">{marks}</svg></div>{_values(kind, found, steps)}</figure>'
     )
@@ -152,7 +154,7 @@ def _data(kind: Curve, lines: Sequence[Line], steps: Sequence[int]) -> str:
 
 def _values(kind: Curve, lines: Sequence[Line], steps: Sequence[int]) -> str:
     chosen = _chosen(steps, ROWS)
-    some = "" if len(chosen) == len(steps) else f" of {len(chosen)} of {len(steps):,} steps"
+    some = "" if len(chosen) == len(steps) else f" of {len(chosen)} of {len(steps):,} {kind.by}s"
     rows = [[f"{step:,}", *_at(kind, lines, step)] for step in chosen]
-    shown = table(kind.name, ["step", *(line.letter for line in lines)], rows)
+    shown = table(kind.name, [kind.by, *(line.letter for line in lines)], rows)
     return f"<details><summary>Values{some}</summary>{shown}</details>"

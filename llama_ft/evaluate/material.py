@@ -118,7 +118,7 @@ def data_problems(context: Context) -> list[Problem]:
     for name in context.data:
         if not Path(name).exists():
             try:
-                _entry(name, context.layout)
+                data_entry(name, context.layout)
             except UserError as error:
                 problems += [replace(one, key="--data", what=_no_file(name, one.what)) for one in error.problems]
     return problems
@@ -128,8 +128,8 @@ def _no_file(name: str, what: str) -> str:
     return what if "split" in what else f"there is no file and no card '{name}'"
 
 
-def _entry(name: str, layout: str | None) -> Data:
-    """A recipe's entry of what `--data` names: a file, CARD or CARD:SPLIT."""
+def data_entry(name: str, layout: str | None) -> Data:
+    """A recipe's entry of what `--data` names: a file, CARD or CARD:SPLIT. UserError where there is no such thing."""
     if Path(name).exists():
         return Data.model_validate({"path": name, "layout": layout})
     if "/" in name or Path(name).suffix:
@@ -178,7 +178,7 @@ def _of_run(prepared: Prepared) -> list[Held]:
         return []
     job = prepared.job
     sources = job.evaluation if isinstance(job.evaluation, list) else job.train
-    labels = _labels(sources)
+    labels = labels_of(sources)
     rows = zip(prepared.eval.with_format("numpy"), prepared.eval_conversations, strict=True)
     found = []
     for row, turns in rows:
@@ -191,7 +191,7 @@ def _of_run(prepared: Prepared) -> list[Held]:
     return found
 
 
-def _labels(sources: Sequence[Source]) -> list[str]:
+def labels_of(sources: Sequence[Source]) -> list[str]:
     """A short name for each source, numbered where two have the same."""
     return numbered([Path(source.label).name or source.label for source in sources])
 
@@ -205,7 +205,7 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def _named(names: Sequence[str], subject: Subject, context: Context) -> list[Held]:
-    sources = open_sources([_entry(name, context.layout) for name in names], "--data")
+    sources = open_sources([data_entry(name, context.layout) for name in names], "--data")
     # As the run's own rows: with its system prompt, and of a pair the better answer.
     systems = [None if source.layout == "text" else subject.system for source in sources]
     sources = [replace(one, alone=True, system=system) for one, system in zip(sources, systems, strict=True)]
@@ -214,7 +214,7 @@ def _named(names: Sequence[str], subject: Subject, context: Context) -> list[Hel
     limits = prepared.job.sequence if prepared is not None else alone
     maker = DocumentMaker(Renderer(subject.renderer.template, subject.tokenizer), limits)
     found: list[Held] = []
-    for source, label in zip(sources, _labels(sources), strict=True):
+    for source, label in zip(sources, labels_of(sources), strict=True):
         problems = Problems()
         refused = ""
         before = len(found)

@@ -18,6 +18,7 @@ from llama_ft.adapters.lora_file import read_lora
 from llama_ft.data.render import Renderer
 from llama_ft.data.template import Template
 from llama_ft.errors import Problem, UserError, did_you_mean
+from llama_ft.evaluate.rope import rope_name
 from llama_ft.evaluate.subject import Subject
 from llama_ft.export.folder import stop_ids
 from llama_ft.export.trained import (
@@ -30,19 +31,21 @@ from llama_ft.export.trained import (
 )
 from llama_ft.llama import smollm2
 from llama_ft.llama.base import locate_base
+from llama_ft.llama.context import context_length
 from llama_ft.llama.init import resize_embeddings
-from llama_ft.llama.load import DTYPES, load_model, quiet_transformers
+from llama_ft.llama.load import DTYPES, load_config, load_model, quiet_transformers
 from llama_ft.llama.projections import project_each
 from llama_ft.llama.reward import is_reward_model
 from llama_ft.recipe.run import Run
+from llama_ft.recipe.schema_model import RopeScaling
 from llama_ft.serve.source import find_run
 from llama_ft.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from llama_ft.data.prepare import Prepared
 
-SUBJECTS = ("base", "tuned", "merged")
-"""What can be measured of a run."""
+SUBJECTS = ("unscaled", "base", "tuned", "merged")
+"""What can be measured of a run. `unscaled` is the base without the recipe's RoPE scaling, read as far as with it."""
 DEFAULT = ("base", "tuned")
 UNSPOKEN = "{{ raise_exception('the model has no chat template') }}"
 
@@ -75,7 +78,14 @@ def check_subjects(run: Run, names: Sequence[str]) -> list[str]:
         elif name == "tuned" and _nothing_trained(run):
             hint = "finish its training" + (": llama-ft train RECIPE --resume" if run.steps() else "")
             problems.append(Problem(f"{run.path} holds nothing trained yet", key="--subjects", hint=hint))
-        elif name == "base" and run.lock.get("init") == "random" and not any(run.base.glob("*.safetensors")):
+        elif name == "unscaled" and run.recipe.model.rope_scaling is None:
+            what = f"the recipe of {run.path} has no model.rope_scaling: its base is not scaled"
+            problems.append(Problem(what, key="--subjects", hint="--subjects base,tuned"))
+        elif (
+            name in ("base", "unscaled")
+            and run.lock.get("init") == "random"
+            and not any(run.base.glob("*.safetensors"))
+        ):
             what = f"{run.path} was trained from new weights, which are gone: it has no base"
             problems.append(Problem(what, key="--subjects", hint="--subjects tuned"))
     if problems or not names:
@@ -93,17 +103,25 @@ def _nothing_trained(run: Run) -> bool:
 def open_subjects(run: Run, names: Sequence[str], prepared: Prepared) -> Iterator[Subject]:
     """The subjects of a run, one after the other: a caller that lets go of one makes room for the next."""
     for name in names:
-        yield {"base": _base, "tuned": _tuned, "merged": _merged}[name](run, prepared)
+        yield {"unscaled": _unscaled, "base": _base, "tuned": _tuned, "merged": _merged}[name](run, prepared)
 
 
-def _base(run: Run, prepared: Prepared) -> Subject:
+def _unscaled(run: Run, prepared: Prepared) -> Subject:
+    """The base with its own RoPE, beyond its context too: what a scaling is to be better than."""
+    subject = _base(run, prepared, scaled=False)
+    model, length = run.recipe.model, run.recipe.sequence.max_length
+    subject.context = max(subject.context, context_length(load_config(base_folder(run), model.rope_scaling, length)))
+    return subject
+
+
+def _base(run: Run, prepared: Prepared, *, scaled: bool = True) -> Subject:
     """What training started from, with the rows of tokens that it added."""
     recipe, folder = run.recipe, base_folder(run)
-    model = _load(folder, DTYPES[recipe.model.dtype], recipe)
+    model = _load(folder, DTYPES[recipe.model.dtype], recipe if scaled else None)
     wanted = len(read_lora(run.adapter).whole.get("model.embed_tokens.weight", ())) if _has_adapter(run) else 0
     if max(wanted, len(prepared.tokenizer)) > model.config.vocab_size:
         resize_embeddings(model, max(wanted, len(prepared.tokenizer)))
-    return _subject("base", model, run, prepared, folder)
+    return _subject("base" if scaled else "unscaled", model, run, prepared, folder)
 
 
 def _tuned(run: Run, prepared: Prepared) -> Subject:
@@ -144,17 +162,20 @@ def _subject(name: str, model: Any, run: Run, prepared: Prepared, weights: Path)
     )
 
 
-def open_model(source: str, template: str | None = None) -> Subject:
+def open_model(source: str, template: str | None = None, rope: RopeScaling | None = None, longest: int = 0) -> Subject:
     """A model folder or file, `smollm2-135m` or a hub id, under its own name; in a template of one's choice.
 
-    A model without a chat template can be opened: its template refuses conversations. UserError for a reward model.
+    rope: another RoPE scaling, which its name then tells; it reads up to `longest` tokens where the scaling itself does
+    not say how far. A model without a chat template can be opened: its template refuses conversations. UserError for a
+    reward model.
     """
     folder = locate_base(source)
     if is_reward_model(folder):
         raise UserError(f"{source} is a reward model: it scores answers and has no tokens to measure")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    model: Any = _load(folder, DTYPES.get(stated, torch.float32), None)
+    dtype = DTYPES.get(stated, torch.float32)
+    model: Any = load_model(folder, dtype, compute_dtype=torch.float32, rope_scaling=rope, max_length=longest)
     tokenizer = load_tokenizer(folder)
     notices = []
     if template is not None:
@@ -171,6 +192,7 @@ def open_model(source: str, template: str | None = None) -> Subject:
     own = [tokenizer.eos_token_id, *ends, None if silent else renderer.end_token_id]
     stop = frozenset(int(token) for token in own if token is not None)
     name = Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source
+    name += f"-{rope_name(rope)}" if rope is not None else ""
     return Subject(name, _settled(model, stated), renderer, stop, fingerprint=_stamp(folder), notices=notices)
 
 

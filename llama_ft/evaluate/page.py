@@ -9,6 +9,7 @@ import llama_ft.train.page.write as report
 from llama_ft.data.page.shell import whole_page
 from llama_ft.data.page.tokens import plural, safe
 from llama_ft.errors import UserError
+from llama_ft.evaluate.pictures import picture
 from llama_ft.evaluate.result import SuiteResult, read_results
 from llama_ft.evaluate.table import notes, suite_rows
 from llama_ft.files import write_text
@@ -17,7 +18,7 @@ from llama_ft.train.page.sections import answer_row
 
 SHOWN = 40
 """Items of a suite whose answers stand on the page; the JSON has all."""
-ORDER = ("base", "tuned", "merged")
+ORDER = ("unscaled", "base", "tuned", "merged")
 
 
 def by_suite(results: Sequence[SuiteResult]) -> list[list[SuiteResult]]:
@@ -62,6 +63,7 @@ def _suite(place: int, group: Sequence[SuiteResult]) -> str:
         "not hold 0."
     )
     scores = table(safe(group[0].suite), head, body)
+    scores += picture(group)
     answers = _answers(group)
     title = safe(group[0].suite)
     return section(f"suite-{place}", title, about, f'{scores}<ul class="notes">{said}</ul>{answers}')

@@ -22,6 +22,7 @@ from llama_ft.evaluate.subject import Subject
 from llama_ft.evaluate.suites import Context, Suite, find_suites
 from llama_ft.evaluate.table import print_results
 from llama_ft.recipe.run import Run
+from llama_ft.recipe.schema_model import RopeScaling
 
 PAGE = "eval.html"
 SECONDS = 10
@@ -47,6 +48,9 @@ class Asked:
     max_tokens: int | None = None
     judging: Judging | None = None
     apply_chat_template: bool = False
+    lengths: list[int] = field(default_factory=list)
+    rope: RopeScaling | None = None
+    infilling_tokens: list[str] | None = None
     out: Path | None = None
     overwrite: bool = False
 
@@ -67,6 +71,7 @@ def evaluate_source(asked: Asked) -> list[SuiteResult]:
     context.tasks, context.chat = asked.tasks, asked.apply_chat_template
     context.max_tokens, context.judging = asked.max_tokens, asked.judging
     context.samples, context.temperature, context.unsandboxed = asked.samples, asked.temperature, asked.unsandboxed
+    context.lengths, context.infilling_tokens = asked.lengths, asked.infilling_tokens
     problems = [problem for suite in suites for problem in suite.needs(context)] or _unused(suites, context)
     if problems:
         raise UserError(dict.fromkeys(problems))
@@ -97,16 +102,21 @@ def _check(asked: Asked, run: Run | None) -> list[str]:
     problems = []
     if run is None and asked.subjects is not None:
         problems.append(Problem("a model by itself has no subjects", key="--subjects", hint="leave it out"))
-    if run is not None and asked.out is not None:
-        problems.append(Problem("a run's results go into its own eval/", key="--out", hint="leave it out"))
-    if run is not None and asked.template is not None:
-        what = "a run is measured in the template that it was trained with"
-        problems.append(Problem(what, key="--template", hint="leave it out"))
+    unscaled = "leave it out; --subjects unscaled,base,tuned shows its base without any"
+    for key, of_a_model, what, hint in (
+        ("--out", asked.out, "a run's results go into its own eval/", "leave it out"),
+        ("--template", asked.template, "a run is measured in the template that it was trained with", "leave it out"),
+        ("--rope", asked.rope, "a run is measured with the RoPE scaling that it was trained with", unscaled),
+    ):
+        if run is not None and of_a_model is not None:
+            problems.append(Problem(what, key=key, hint=hint))
     for key, value, needed in (
         ("--judge", asked.judging, {"chat", "judge"}),
         ("--max-tokens", asked.max_tokens, {"chat"}),
         ("--tasks", asked.tasks or None, {"academic"}),
         ("--apply-chat-template", asked.apply_chat_template or None, {"academic"}),
+        ("--lengths", asked.lengths or None, {"positions", "passkey"}),
+        ("--infilling-tokens", asked.infilling_tokens, {"infilling"}),
     ):
         if value is not None and not needed & set(asked.suites):
             problems.append(Problem(f"only the suite {min(needed)} has {key}", key=key, hint="leave it out"))
@@ -147,7 +157,7 @@ def _unused(suites: Sequence[Suite], context: Context) -> list[Problem]:
 
 def _subjects(asked: Asked, run: Run | None, names: Sequence[str], context: Context) -> Iterator[Subject]:
     if run is None:
-        yield open_model(asked.source, asked.template)
+        yield open_model(asked.source, asked.template, asked.rope, max(asked.lengths, default=0))
     else:
         assert context.prepared is not None
         yield from open_subjects(run, names, context.prepared)

@@ -112,6 +112,13 @@ class Subject:
                 tick(len(part))
         return found
 
+    def losses(self, ids: Sequence[int]) -> np.ndarray:
+        """Nats of every token of one document but its first, float64 [tokens − 1]. UserError as :meth:`costs`."""
+        list(self._packs([len(ids)]))
+        tokens = np.asarray(ids, dtype=np.int64)
+        found, _ = self._log_probs(tokens, [len(tokens)], [np.arange(len(tokens) - 1)], [tokens[1:]])
+        return -found
+
     def endings(
         self, questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], tick: Tick | None = None
     ) -> list[list[float]]:
@@ -220,9 +227,11 @@ class Subject:
         samples: int = 1,
         tick: Tick | None = None,
         seeds: Sequence[int] | None = None,
+        ends: frozenset[int] | None = None,
     ) -> list[list[Answer]]:
         """`samples` answers of up to max_tokens to each prompt (ids). temperature 0: greedy, token for token what
-        transformers' generate gives in float32. stop: strings that an answer ends before.
+        transformers' generate gives in float32. stop: strings that an answer ends before; ends: ids that end it, in
+        place of the subject's own.
 
         An answer is drawn by `seed` and the numbers of its prompt and sample, or by its prompt's own of `seeds` and the
         number of the sample, whatever is drawn beside it. One to a prompt that leaves less room in the context is
@@ -239,7 +248,7 @@ class Subject:
                 max_new_tokens=room,
                 temperature=temperature,
                 top_p=top_p,
-                stop=self.stop,
+                stop=self.stop if ends is None else ends,
                 seeds=[seed_of(*own[number], one) for number in part for one in range(samples)],
                 finished=ended,
             )

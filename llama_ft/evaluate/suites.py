@@ -31,6 +31,9 @@ SUITES = {
     "heldout": "llama_ft.evaluate.heldout:SUITE",
     "quick": "llama_ft.evaluate.quick:SUITE",
     "code": "llama_ft.evaluate.code:SUITE",
+    "infilling": "llama_ft.evaluate.infilling:SUITE",
+    "positions": "llama_ft.evaluate.positions:SUITE",
+    "passkey": "llama_ft.evaluate.passkey:SUITE",
     "academic": "llama_ft.evaluate.academic:SUITE",
     "chat": "llama_ft.evaluate.chat.suite:SUITE",
     "judge": "llama_ft.evaluate.chat.judging:SUITE",
@@ -96,7 +99,8 @@ class Context:
     samples: answers to each task of suite code, at temperature (None: the suite's own); unsandboxed: whether their
     programs run where this machine has no walls. tasks: of suite academic, see academic_tasks.py; chat: whether they
     are asked in the subject's template. max_tokens: of an answer of suite chat (None: the suite's own). judging: who
-    judges such answers, and how; None: nobody. judge: the same, once it is open.
+    judges such answers, and how; None: nobody. judge: the same, once it is open. lengths: tokens of the documents of
+    suites positions and passkey (none: their own); infilling_tokens: of suite infilling (None: the recipe's).
     """
 
     folder: Path
@@ -114,6 +118,8 @@ class Context:
     judging: Judging | None = None
     judge: Judge | None = None
     chat: bool = False
+    lengths: list[int] = field(default_factory=list)
+    infilling_tokens: list[str] | None = None
     _leaks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property

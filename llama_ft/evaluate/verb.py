@@ -56,6 +56,17 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask these in the chat template.")
     ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Of suites positions and passkey: tokens, commas between.", show_default="its context"),
+    ] = None,
+    rope: Annotated[
+        str | None,
+        typer.Option(metavar="YAML", help="For a model by itself: RoPE scaling.", show_default="its own"),
+    ] = None,
+    infilling_tokens: Annotated[
+        str | None, typer.Option(help="Of suite infilling: four, commas between.", show_default="the recipe's")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a model's results.", show_default="runs/eval-NAME")
     ] = None,
@@ -66,6 +77,7 @@ def evaluate(
     with user_facing(debug=debug):
         with for_good():
             from llama_ft.evaluate.chat.judges import Judging
+            from llama_ft.evaluate.rope import read_rope
             from llama_ft.evaluate.run import Asked, evaluate_source
 
         names = [name.strip() for name in suite.split(",") if name.strip()]
@@ -91,7 +103,32 @@ def evaluate(
                 max_tokens=max_tokens,
                 judging=None if judge is None else Judging(judge, judge_url, judge_prompts, pairs, against),
                 apply_chat_template=apply_chat_template,
+                lengths=_lengths(lengths),
+                rope=read_rope(rope) if rope is not None else None,
+                infilling_tokens=_tokens(infilling_tokens),
                 out=out,
                 overwrite=overwrite,
             )
         )
+
+
+def _lengths(said: str | None) -> list[int]:
+    """Tokens, each length once and rising. UserError for what is no whole number from 16 on."""
+    parts = [part.strip().replace("_", "") for part in (said or "").split(",") if part.strip()]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= 16)]
+    if wrong or (said is not None and not parts):
+        what = f"'{wrong[0]}' is no number of tokens" if wrong else "no length was named"
+        raise UserError(what, key="--lengths", hint="whole numbers from 16 on: --lengths 1024,2048,4096")
+    return sorted({int(part) for part in parts})
+
+
+def _tokens(said: str | None) -> list[str] | None:
+    """Four names. UserError for another number of them."""
+    if said is None:
+        return None
+    names = [name.strip() for name in said.split(",")]
+    if len(names) != 4 or not all(names):
+        hint = "before prefix, before suffix, before middle, at the end: --infilling-tokens A,B,C,D"
+        what = f"infilling needs four tokens, found {len([name for name in names if name])}"
+        raise UserError(what, key="--infilling-tokens", hint=hint)
+    return names

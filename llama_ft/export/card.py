@@ -195,11 +195,13 @@ def _settings(run: Run) -> str:
     batch = str(training.global_batch)
     if "micro_batch" in lock:
         batch += f" {counted(recipe)} = {lock['micro_batch']} × {lock['accumulation']} × {lock['world_size']} processes"
+    tokens = training.warmup_tokens
+    warmup = f"{training.warmup:g}" if tokens is None else f"{tokens:,} tokens"
     rows = [
         ("objective", settings(recipe)),
         ("global batch", batch),
         ("optimizer", f"{training.optimizer}, weight decay {training.weight_decay:g}, clip {training.max_grad_norm:g}"),
-        ("learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {training.warmup:g}"),
+        ("learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {warmup}"),
         ("epochs, steps", f"{training.epochs:g}" + (f", {steps}" if steps is not None else "")),
         ("longest document", f"{sequence.max_length} tokens, longer ones: {sequence.overlong}"),
         ("weights", f"base {recipe.model.dtype}, computed in {lock.get('compute_dtype', '?')}"),

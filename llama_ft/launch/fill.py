@@ -206,7 +206,7 @@ def _dns_label(name: str) -> str:
 def _comments(job: Job, command: str, *, where: str) -> str:
     """The head of the file: what wrote it, where the run will lie, the plan."""
     lines = [f"Written by: {command}", where, ""]
-    lines += [f"{head:10}{text}" for head, text in plan_lines(job.plan, [], None, []) if head != "launch"]
+    lines += [f"{head:10}{text}" for head, text in plan_lines(job.plan, [], None) if head != "launch"]
     return "\n".join(f"# {line}".rstrip() for line in lines)
 
 

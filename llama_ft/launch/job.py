@@ -15,7 +15,6 @@ from llama_ft.plan.plan import Plan, make_plan
 from llama_ft.plan.shape import known_shape
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.load import resolve
-from llama_ft.recipe.trainable import check_trainable
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,6 @@ def make_job(
     """
     resolved = resolve(recipe_path, overrides)
     recipe = resolved.recipe
-    check_trainable(recipe, resolved.origins)
     of_node = _of_node(gpus, hardware)
     config, launcher = launch_for(recipe.launch, resolved.launcher, of_node)
     if launcher.torchrun:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from llama_ft.llama.projections import multiplied_in
@@ -26,6 +27,14 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of one chunk of float32 logits: small beside the weights, hundreds of rows for the GEMM."""
 ROW_BYTES = 2 * 2**20
 """On a CPU the softmax walks over a chunk in groups of rows that its cache holds: five passes, one trip to memory."""
+
+
+@dataclass
+class LossOutput(CausalLMOutputWithPast):
+    """A loss, and on request what each document has to do with it."""
+
+    document_losses: Tensor | None = None
+    """[documents] float32: nats of a document's labelled tokens together, without a gradient."""
 
 
 @dataclass
@@ -52,18 +61,20 @@ class LossHead(nn.Linear):
         fast: bool = True,
         each: bool = False,
         temperature: float = 1.0,
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
+        """`kept` receives the losses that the sum is of, [M] float32, without a gradient."""
         if targets is None:
             return super().forward(hidden)
         if each:
             log_probs = linear_log_probs if fast else linear_log_probs_plain
             return log_probs(hidden, self.weight, targets, temperature)
-        return (linear_cross_entropy if fast else linear_cross_entropy_plain)(hidden, self.weight, targets)
+        return (linear_cross_entropy if fast else linear_cross_entropy_plain)(hidden, self.weight, targets, kept)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, kept: list[Tensor] | None) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         dtype = multiplied_in(weight)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -79,6 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.add_(logits.t() @ h_all[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
+        if kept is not None:
+            kept.append(losses)
         return losses.sum()
 
     @staticmethod
@@ -90,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * grad.to(grad_hidden.dtype)).to(ctx.dtypes[0])
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.dtypes[1])
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -175,20 +188,25 @@ def _softmax_gradient_(logits: Tensor, target: Tensor, want_gradient: bool, temp
     return losses
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over rows of −log softmax(hidden · weightᵀ)[target], in nats.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+    """Sum over rows of −log softmax(hidden · weightᵀ)[target], in nats; `kept` receives its terms, [M] float32.
 
     hidden [M, h]; weight [V, h]; targets [M], none ignored. Products in the weight's type, or autocast's. Returns a
     float32 scalar; gradients come in the types of hidden and weight.
     """
     if not torch.is_grad_enabled():  # what needs_input_grad does not know: an evaluation wants no gradient made
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, kept)
 
 
-def linear_cross_entropy_plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy_plain(
+    hidden: Tensor, weight: Tensor, targets: Tensor, kept: list[Tensor] | None = None
+) -> Tensor:
     """The plain twin, which holds all logits: the reference of the tests, and a flag away in the model."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+    if kept is not None:
+        kept.append(losses.detach())
+    return losses.sum()
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -215,3 +233,10 @@ def shift_labels(labels: Tensor, bounds: list[int]) -> Tensor:
     ends = torch.tensor(bounds[1:], device=labels.device) - 1
     targets[ends] = IGNORE
     return targets
+
+
+def sums_of_documents(losses: Tensor, places: Tensor, bounds: list[int]) -> Tensor:
+    """[documents] of the losses [M] of the tokens at `places` [M], a document between each two of `bounds`."""
+    ends = torch.tensor(bounds[1:], device=places.device)
+    document = torch.bucketize(places, ends, right=True)
+    return losses.new_zeros(len(ends)).index_add_(0, document, losses)

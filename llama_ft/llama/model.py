@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from llama_ft.llama.attention import Cached, Context, Heads, Packed, Rows
 from llama_ft.llama.fast import FEW_ROWS, Fast
-from llama_ft.llama.head import IGNORE, LossHead, TokenOutput, shift_labels
+from llama_ft.llama.head import IGNORE, LossHead, LossOutput, TokenOutput, shift_labels, sums_of_documents
 from llama_ft.llama.layers import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, add_into
 from llama_ft.llama.noise import add_noise
 from llama_ft.llama.packing import Packing
@@ -236,6 +236,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         targets: Tensor | None = None,
         temperature: float = 1.0,
         context: Context | None = None,
+        by_document: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast | TokenOutput:
         """Logits [B, L or logits_to_keep, V]; or, with labels [B, L] (−100 = no loss), the loss and no logits; or, with
@@ -266,11 +267,11 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         if labels is not None:
             if past_key_values is not None or shared is not None:
                 raise ValueError("a loss is computed without a cache and, with labels, without shared prompts")
-            return CausalLMOutputWithPast(
-                loss=self.loss(
-                    input_ids, labels, attention_mask, position_ids, inputs_embeds, cu_seqlens, num_items_in_batch
-                )
+            sums: list[Tensor] | None = [] if by_document else None
+            loss = self.loss(
+                input_ids, labels, attention_mask, position_ids, inputs_embeds, cu_seqlens, num_items_in_batch, sums
             )
+            return LossOutput(loss=loss, document_losses=sums[0]) if sums else CausalLMOutputWithPast(loss=loss)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -306,8 +307,12 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        sums: list[Tensor] | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats per labelled token, a float32 scalar; 0 (and its gradient) when nothing is labelled."""
+        """Cross-entropy in nats per labelled token, a float32 scalar; 0 (and its gradient) when nothing is labelled.
+
+        `sums` receives one tensor, the nats of each document: see :class:`LossOutput`.
+        """
         embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = labels.shape
         packing = Packing.of(batch, length, attention_mask, position_ids, cu_seqlens, embeds.device)
@@ -317,5 +322,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         targets = shift_labels(packing.take(labels), packing.bounds)
         labelled = (targets != IGNORE).nonzero().squeeze(-1)
         hidden = self.model.forward_packed(tokens, packing, labelled)
-        total = self.lm_head(hidden, targets[labelled], fast=self.model.fast.head)
+        kept: list[Tensor] | None = None if sums is None else []
+        total = self.lm_head(hidden, targets[labelled], fast=self.model.fast.head, kept=kept)
+        if sums is not None and kept is not None:
+            sums.append(sums_of_documents(kept[0], labelled, packing.bounds))
         return total / (max(len(labelled), 1) if num_items_in_batch is None else num_items_in_batch)

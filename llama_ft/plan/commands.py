@@ -1,8 +1,11 @@
-"""`llama-ft plan`: from a recipe on the command line to its plan on the screen."""
+"""`llama-ft plan`: from a recipe, or a number of FLOP, on the command line to its plan on the screen."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from llama_ft.errors import UserError
 from llama_ft.plan.data import data_facts
@@ -14,7 +17,6 @@ from llama_ft.plan.show import as_json, plan_lines, print_json, print_lines, swe
 from llama_ft.plan.sweep import sweep
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.load import resolve
-from llama_ft.recipe.trainable import untrainable
 
 
 def plan_recipe(
@@ -55,11 +57,64 @@ def plan_recipe(
         line = torchrun_line(path, overrides, [], launcher=launcher)
     else:
         line = accelerate_line(path, overrides, [], config=short(config), use_cpu=use_cpu, processes=processes)
-    faults = [problem.what for problem in untrainable(recipe, resolved.origins)]
     if as_json_text:
-        print_json(as_json(plan, shown_line(line), price, faults))
+        print_json(as_json(plan, shown_line(line), price))
     else:
-        print_lines(plan_lines(plan, shown_line(line), price, faults))
+        print_lines(plan_lines(plan, shown_line(line), price))
+
+
+def plan_compute(question: Mapping[str, Any], *, as_json_text: bool = False, chart: Path | None = None) -> None:
+    """Prints the plan of a model that is to be trained from nothing, by the options of llama_ft.plan.compute_ask.ask.
+
+    chart: a picture to write as well. Raises UserError with every mistake in the options.
+    """
+    from llama_ft.plan.compute_ask import ask
+    from llama_ft.plan.compute_plan import answer
+    from llama_ft.plan.compute_plan import as_json as compute_json
+    from llama_ft.plan.compute_table import answer_lines
+
+    found = answer(ask(**question, chart=chart))
+    if chart is not None:
+        from llama_ft.plan.compute_chart import draw
+
+        draw(found, chart)
+    if as_json_text:
+        print_json(compute_json(found))
+        return
+    print("\n".join(answer_lines(found)))
+    if chart is not None:
+        print(f"\nchart     {chart}")
+
+
+def plan_asked(
+    recipe: str | None,
+    overrides: list[str],
+    *,
+    question: Mapping[str, Any],
+    hardware: str | None,
+    price: float | None,
+    as_json_text: bool,
+    sweeping: bool,
+    chart: Path | None,
+) -> None:
+    """A recipe's plan or a compute plan, whichever the command line is for. UserError where it is for both or neither.
+
+    question: the options of a compute plan as they were written, None for what was not.
+    """
+    given = [f"--{name}" for name, value in {**question, "chart": chart}.items() if value is not None]
+    if recipe is not None:
+        if given:
+            what = f"a recipe ('{recipe}') is not planned with {' or '.join(given)}"
+            raise UserError(what, key=given[0], hint=f"leave out the recipe, or {' and '.join(given)}")
+        plan_recipe(recipe, overrides, hardware=hardware, as_json_text=as_json_text, sweeping=sweeping, price=price)
+        return
+    if not any(question[name] is not None for name in ("compute", "tokens", "params")):
+        what = f"there is nothing to plan with {' and '.join(given)} alone" if given else "nothing to plan"
+        hint = "name a RECIPE, or what a model is to take: --compute 1e21, --tokens 1.4T or --params 7B"
+        raise UserError(what, hint=hint if not given else "add --compute, --tokens or --params")
+    if sweeping:
+        raise UserError("a sweep is of a recipe's base", key="--sweep", hint="name a RECIPE, or leave --sweep out")
+    plan_compute({**question, "hardware": hardware, "price": price}, as_json_text=as_json_text, chart=chart)
 
 
 def hardware_of(launcher: Launcher) -> Hardware:

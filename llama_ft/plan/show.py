@@ -19,7 +19,7 @@ VERSION = 1
 """Of the JSON document; raised when a key changes its meaning or goes."""
 
 
-def as_json(plan: Plan, launch: Sequence[str], price: float | None, faults: Sequence[str]) -> dict[str, Any]:
+def as_json(plan: Plan, launch: Sequence[str], price: float | None) -> dict[str, Any]:
     """The whole plan; bytes and seconds as numbers, null where something cannot be known."""
     facts, steps, cut, seen = plan.facts, plan.steps, plan.fit.chosen, plan.steps.seen
     weights, training = plan.case.weights, plan.recipe.training
@@ -84,7 +84,6 @@ def as_json(plan: Plan, launch: Sequence[str], price: float | None, faults: Sequ
         "disk": {**asdict(plan.disk), "total": plan.disk.total},
         "cost": cost(plan, price),
         "launch": shlex.join(launch),
-        "cannot_train": list(faults),
     }
 
 
@@ -100,12 +99,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def plan_lines(plan: Plan, launch: Sequence[str], price: float | None, faults: Sequence[str]) -> list[tuple[str, str]]:
+def plan_lines(plan: Plan, launch: Sequence[str], price: float | None) -> list[tuple[str, str]]:
     """(heading, text) of every line; an empty heading goes on with the one above."""
     mark = "exact" if plan.facts.exact else "estimated"
     return [
         ("recipe", f"{plan.recipe.name}: {_method(plan)} on {plan.recipe.model.base}"),
-        *[("", f"this version cannot train it yet: {fault}") for fault in faults],
         ("hardware", _hardware(plan)),
         *_data_lines(plan, mark),
         *_step_lines(plan, mark if plan.work.exact else "estimated"),

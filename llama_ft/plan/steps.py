@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llama_ft.data.balance import laid_out, with_silent
+from llama_ft.data.mixture import Mixture
+from llama_ft.data.pretraining import packs_of_run
 from llama_ft.errors import UserError
 from llama_ft.plan.data import DataFacts
 from llama_ft.plan.flops import Tokens
@@ -80,12 +82,26 @@ def count_steps(recipe: Recipe, documents: int, cut: Cut) -> tuple[int, int]:
     return recipe.training.max_steps or math.ceil(float(recipe.training.epochs) * per_epoch), per_epoch
 
 
+def run_packs(recipe: Recipe, mixture: Mixture, lengths: np.ndarray) -> list[np.ndarray]:
+    """The packs of a whole run of `pretrain`: as many as max_steps ask for, or those of its epochs."""
+    training = recipe.training
+    needed = training.max_steps * per_device(recipe, 1) if training.max_steps is not None else None
+    epochs = float(training.epochs)
+    return packs_of_run(mixture, lengths, recipe.sequence.max_length, epochs=epochs, needed=needed)
+
+
 def plan_steps(recipe: Recipe, facts: DataFacts, cut: Cut) -> Steps:
     """Counts a run's steps and tokens: exactly where the documents were counted, from means elsewhere."""
     longest = largest_pass(recipe, facts, cut)
     documents = facts.documents
     batch = cut.micro_batch * cut.accumulation * cut.world
     pretrain = recipe.training.objective == "pretrain"
+    if pretrain and facts.lengths is not None and facts.labelled is not None and facts.mixture is not None:
+        packs = run_packs(recipe, facts.mixture, facts.lengths)
+        read = np.concatenate(packs) if packs else np.empty(0, dtype=np.int64)
+        sizes = facts.lengths[read].astype(np.int64)
+        counted = Tokens(int(sizes.sum()), int(facts.labelled[read].sum(dtype=np.int64)), int((sizes**2).sum()))
+        return Steps(-(-len(packs) // batch), None, counted, longest)
     if pretrain and documents is not None:
         documents = max(1, round(documents * facts.mean_tokens / recipe.sequence.max_length))
     if documents is None or recipe.mixture.streaming:
@@ -93,7 +109,7 @@ def plan_steps(recipe: Recipe, facts: DataFacts, cut: Cut) -> Steps:
         seen = _by_mean(facts, batch * total) if total is not None else None
         return Steps(total, None, seen, longest)
     total, per_epoch = count_steps(recipe, documents, cut)
-    if facts.lengths is None or pretrain:
+    if facts.lengths is None:
         epochs, rest = divmod(total, per_epoch)
         count = epochs * documents + min(rest * batch, documents)
         return Steps(total, per_epoch, _by_mean(facts, count), longest)

@@ -21,8 +21,10 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """`6.98B`, `41.9M`, `1,234`."""
+    """`6.98B`, `41.9M`, `1,234`; `1.8e+20` beyond 999T."""
+    if number >= 999.5e12:
+        return f"{number:.3g}"
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= size:
+        if number >= 0.9995 * size:  # 999.9B is 1T and not 1e+03B
             return f"{number / size:.3g}{unit}"
     return f"{number:,.0f}"

@@ -7,11 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 from llama_ft.recipe.objectives import COMPARED, ONLINE, PAIRS, POLICY
-from llama_ft.recipe.schema import Mixture
+from llama_ft.recipe.schema import Data, Mixture
 from llama_ft.recipe.view import Unknown, View
 
 MOST = 10_000
 """The largest weight, and passes over a source per pass over the mixture, that a recipe can ask for."""
+SLACK = 0.005
+"""How far shares, which papers round, may miss 1 together; what is drawn is in their proportion."""
 CONVERSATIONS = ("alpaca", "sharegpt", "messages", "prompt-completion")
 NEEDS: dict[str, tuple[str, ...]] = {
     "pretrain": ("text",),
@@ -59,6 +61,28 @@ def streaming_ends(view: View) -> None:
     with suppress(Unknown):
         if "holdout" in (view.shaped.data.get("eval_data") or {}):
             view.wrong("eval_data", "a share of a stream cannot be held out", "name rows of their own in eval_data")
+
+
+def shares_are_whole(view: View) -> None:
+    """Shares are of all tokens: every source has one, they come to 1, and nothing else says how often it is drawn."""
+    sources = range(len(view.value("data")))
+    shares = [view.value(f"data.{number}.share") for number in sources]
+    if all(share is None for share in shares):
+        return
+    objective, streaming = view.value("training.objective"), view.value("mixture.streaming")
+    for number, share in enumerate(shares):
+        key = f"data.{number}.share"
+        if share is None:
+            what = "the other sources say which share of the tokens is theirs"
+            view.wrong(f"data.{number}", what, "add share to this one", of_value=True)
+        elif objective != "pretrain" or not streaming:
+            hint = "write objective: pretrain with mixture: {streaming: true}, or weigh the sources instead"
+            view.wrong(key, "shares of tokens are held by pretrain, from a stream", hint)
+        elif view.value(f"data.{number}.weight") != 1:
+            view.wrong(f"data.{number}.weight", "share says how often the source is drawn, too", "remove one of them")
+    total = sum(share for share in shares if share is not None)
+    if None not in shares and abs(total - 1) > SLACK:
+        view.wrong("data.0.share", f"the shares of all sources come to {total:.4g}, not to 1", "mend one of them")
 
 
 def stream_fits_objective(view: View) -> None:
@@ -156,6 +180,19 @@ def split_has_a_card(view: View, key: str) -> None:
         view.wrong(f"{key}.split", "a file has no splits, only a card has", "remove split, or add use")
 
 
+def quality_judges_text(view: View, key: str) -> None:
+    """Steps are for text, each once; languages are for the steps that look at them."""
+    steps, layout = view.value(f"{key}.quality"), view.value(f"{key}.layout")
+    if steps and layout not in (None, "text"):
+        view.wrong(f"{key}.quality", f"the steps judge text, not {layout} rows", "remove quality")
+    if len(set(steps)) < len(steps):
+        view.wrong(f"{key}.quality", "a step is named twice", "name each once")
+    named = view.value(f"{key}.languages") != Data.model_fields["languages"].default
+    if named and not {"language", "gopher-quality"} & set(steps):
+        what = "no quality step of this source looks at the language"
+        view.wrong(f"{key}.languages", what, "remove languages, or add quality: [language]")
+
+
 def source_layout_fits(view: View, key: str) -> None:
     layout = view.value(f"{key}.layout")
     fault = layout_fits(view.value("training.objective"), layout) if layout is not None else None
@@ -167,7 +204,7 @@ def evaluation_is_whole(view: View, key: str) -> None:
     """Held-out rows are looked at once each: shares mean nothing there."""
     if not key.startswith("eval_data"):
         return
-    for name, whole in (("weight", 1), ("epochs", None)):
+    for name, whole in (("weight", 1), ("epochs", None), ("share", None)):
         if view.value(f"{key}.{name}") != whole:
             view.wrong(f"{key}.{name}", "eval_data is evaluated whole, each row once", f"remove {name}")
 
@@ -175,6 +212,7 @@ def evaluation_is_whole(view: View, key: str) -> None:
 RULES: tuple[Callable[[View], None], ...] = (
     some_source_weighs,
     streaming_ends,
+    shares_are_whole,
     stream_fits_objective,
     text_is_split,
     answers_are_learned_from,
@@ -187,5 +225,6 @@ SOURCE_RULES: tuple[Callable[[View, str], None], ...] = (
     numbers_are_sane,
     split_has_a_card,
     source_layout_fits,
+    quality_judges_text,
     evaluation_is_whole,
 )

@@ -10,9 +10,10 @@ from llama_ft.recipe.view import View
 
 
 def unused_training_keys(recipe: Recipe) -> tuple[str, ...]:
-    """Keys of `training` that mean nothing beside its schedule and optimizer."""
+    """Keys of `training` that mean nothing beside others of them."""
     training = recipe.training
     return (
+        *(("warmup",) if training.warmup_tokens is not None else ()),
         *(("decay",) if training.schedule != "wsd" else ()),
         *(("final_rate",) if training.schedule == "constant" else ()),
         *(("betas", "eps") if training.optimizer == "adafactor" else ()),
@@ -21,6 +22,22 @@ def unused_training_keys(recipe: Recipe) -> tuple[str, ...]:
 
 def warmup_ends(view: View) -> None:
     _ends(view, "training.warmup", "warm-up takes", "write fewer steps, or a share such as 0.03")
+
+
+def warmup_in_tokens_is_for_tokens(view: View) -> None:
+    """A batch of `pretrain` alone is told in tokens; and one warm-up is enough."""
+    tokens, steps = view.value("training.warmup_tokens"), view.value("training.max_steps")
+    if tokens is None:
+        return
+    objective, batch = view.value("training.objective"), view.value("training.global_batch")
+    key = "training.warmup_tokens"
+    if objective != "pretrain":
+        view.wrong(key, f"{objective} counts documents, not tokens", "write warmup, in steps or as a share")
+    elif view.stated_beside("training.warmup", key):
+        view.wrong(key, "warmup says how long the warm-up is, too", "remove one of the two")
+    elif steps is not None and -(-tokens // batch) >= steps:
+        what = f"warm-up takes {-(-tokens // batch)} steps of {batch} tokens, training stops after {steps}"
+        view.wrong(key, what, "write fewer tokens")
 
 
 def decay_ends(view: View) -> None:
@@ -67,6 +84,19 @@ def micro_batch_divides(view: View) -> None:
     view.wrong("training.micro_batch", what, f"write {near}, or auto")
 
 
+def batch_holds_a_pack(view: View) -> None:
+    """`pretrain` fills rows of max_length tokens: a step is a whole number of them, never none."""
+    if view.value("training.objective") != "pretrain":
+        return
+    batch, length = view.value("training.global_batch"), view.value("sequence.max_length")
+    if batch < length:
+        what = f"pretrain counts tokens, and a global batch of {batch} does not fill one pack of {length}"
+        place = "training.global_batch" if view.stated("training.global_batch") else "training.objective"
+        view.wrong(place, what, f"write a multiple of {length}, such as {8 * length}")
+    if not view.value("sequence.packing"):
+        view.wrong("sequence.packing", "pretrain lays documents into packs of max_length tokens", "remove it")
+
+
 def best_is_known(view: View) -> None:
     if view.value("export.checkpoint") == "best" and view.value("eval_data") is None:
         what = "the best checkpoint is the one with the lowest held-out loss, and there is no eval_data"
@@ -75,6 +105,8 @@ def best_is_known(view: View) -> None:
 
 RULES: tuple[Callable[[View], None], ...] = (
     warmup_ends,
+    warmup_in_tokens_is_for_tokens,
+    batch_holds_a_pack,
     decay_ends,
     constant_does_not_fall,
     moments_belong_to_adam,

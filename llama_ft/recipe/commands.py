@@ -15,7 +15,6 @@ from llama_ft.recipe.extends import label, shipped_recipes
 from llama_ft.recipe.load import Resolved, resolve
 from llama_ft.recipe.overrides import OVERRIDE
 from llama_ft.recipe.schema import Recipe
-from llama_ft.recipe.trainable import untrainable
 
 COLUMNS = ("recipe", "family", "base", "method", "hardware", "reproduces")
 _COMMENT_COLUMN = 60
@@ -42,7 +41,7 @@ def print_catalog() -> None:
 
 
 def validate_recipes(args: list[str]) -> None:
-    """Prints one line per valid recipe: name, family, method, base, and what this version cannot train of it.
+    """Prints one line per valid recipe: name, family, method and base.
 
     `args` mixes recipes and overrides for all of them.
 
@@ -62,7 +61,7 @@ def validate_recipes(args: list[str]) -> None:
         else:
             recipe = resolved.recipe
             row = [recipe.name, family(resolved.files[0]), recipe.adapter.method, recipe.model.base]
-            print("\t".join([*row, *(problem.what for problem in untrainable(recipe))]))
+            print("\t".join(row))
     if problems:
         sys.stdout.flush()
         raise UserError(dict.fromkeys(problems))

@@ -22,15 +22,21 @@ def dump(recipe: Recipe) -> str:
 
 def lines(recipe: Recipe) -> list[tuple[str, str]]:
     """The text, line by line, each with the dotted key whose value stands on it (`""` where none does)."""
-    # What means nothing beside the objective, method, type or schedule that was chosen is refused where it is stated.
+    result: list[tuple[str, str]] = []
+    _map(meant(recipe), "", 0, result)
+    return result
+
+
+def meant(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as nested dicts, without what means nothing beside the objective, method, type or schedule that was
+    chosen: it is refused where it is stated, and what a parent said of it is of no account.
+    """
     data = without(recipe.model_dump(), unused_objective_keys(recipe))
     for section, names in (("adapter", unused_adapter_keys(recipe)), ("training", unused_training_keys(recipe))):
         data[section] = {name: value for name, value in data[section].items() if name not in names}
     if recipe.model.rope_scaling is not None:
         data["model"]["rope_scaling"] = recipe.model.rope_scaling.parameters()
-    result: list[tuple[str, str]] = []
-    _map(data, "", 0, result)
-    return result
+    return data
 
 
 def _map(data: dict[str, Any], path: str, indent: int, result: list[tuple[str, str]]) -> None:

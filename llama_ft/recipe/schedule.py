@@ -16,13 +16,20 @@ def steps_of(length: float, steps: int) -> int:
     return math.ceil(length * steps) if length < 1 else int(length)
 
 
+def warmup_steps(training: Training, steps: int) -> int:
+    """Steps of the warm-up in a run of `steps`; of what is given in tokens, whole steps that hold as many."""
+    if training.warmup_tokens is not None:
+        return -(-training.warmup_tokens // training.global_batch)
+    return steps_of(float(training.warmup), steps)
+
+
 def rate(training: Training, step: int, steps: int) -> float:
     """Share of the peak learning rate at optimizer step `step` (from 0) of `steps`.
 
     Linear warm-up from 0, then `training.schedule`, which ends at `training.final_rate`; `wsd` stays at the peak until
     `training.decay` is left and then falls linearly.
     """
-    warmup = steps_of(float(training.warmup), steps)
+    warmup = warmup_steps(training, steps)
     if step < warmup:
         return step / warmup
     if training.schedule == "constant":

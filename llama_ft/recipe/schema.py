@@ -16,6 +16,7 @@ from llama_ft.recipe.section import Finite, NonNegative, Positive, PositiveInt, 
 
 Objective = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "rejection_sampling"]
 Layout = Literal["alpaca", "sharegpt", "messages", "preference", "rated", "text", "prompt-completion"]
+QualityStep = Literal["language", "gopher-repetition", "gopher-quality", "c4", "code"]
 Quantisation = Literal["f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 
 
@@ -45,10 +46,17 @@ class Data(Section):
     """Which split of a card."""
     weight: NonNegative = 1.0
     """How often this source is drawn, relative to its size and to the others; 0 leaves it out."""
+    share: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    """pretrain, streaming: share of all tokens that come from this source, which begins anew where it ends. Every
+    source states one, and they come to 1; or none does."""
     epochs: Positive | None = None
     """Passes over this source in each pass over the mixture, whatever its weight; null lets weights decide."""
     limit: PositiveInt | None = None
     """Take only the first N rows."""
+    quality: list[QualityStep] = []
+    """Text: steps that drop and count poor rows, in this order; code has one of its own. Copies: mixture.dedupe."""
+    languages: Annotated[list[Text], Field(min_length=1)] = ["en"]
+    """What the steps language and gopher-quality take a text to be in: ISO 639 codes."""
     system: Text | None = None
     """System prompt for conversations that have none."""
 
@@ -133,6 +141,8 @@ class Training(Section):
     """wsd: the falling end. Below 1: share of all steps. 1 or more: a number of steps."""
     warmup: NonNegative = 0.03
     """Below 1: share of all steps. 1 or more: a number of steps."""
+    warmup_tokens: PositiveInt | None = None
+    """pretrain: warm-up in tokens, in place of `warmup`; rounded up to whole steps of global_batch tokens."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "muon"] = "adamw"
     """AdamW (fused), with 8-bit or paged states (bitsandbytes), Adafactor, or Muon with AdamW for what is no matrix."""
     betas: Annotated[list[Annotated[Finite, Field(gt=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]

@@ -17,6 +17,7 @@ PRESETS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("llama-3.2-1b", "llama-3.2-3b"), (8192, 131_072)),
     "tinyllama-1.1b": (2048, 2048),
     **dict.fromkeys(("smollm2-135m", "smollm2-360m", "smollm2-1.7b"), (8192, 8192)),
+    "mini": (512, 512),
     "tiny": (512, 512),
 }
 """Shapes that `preset:NAME` takes (llama_ft.llama.shapes has them), each with its context in tokens before and after

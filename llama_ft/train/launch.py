@@ -21,7 +21,6 @@ from llama_ft.plan.launch_line import USUAL_PORT, accelerate_line, meeting_optio
 from llama_ft.recipe import resolve
 from llama_ft.recipe.launchers import Launcher
 from llama_ft.recipe.schema import Recipe
-from llama_ft.recipe.trainable import check_trainable
 from llama_ft.train.ports import port_in_use, port_taken
 
 STATUS_FILE = "LLAMA_FT_STATUS_FILE"
@@ -93,7 +92,6 @@ def launch_command(
 ) -> list[str]:
     """The exact `accelerate launch` line for a recipe, as a list of arguments; torchrun's for what it cannot start."""
     resolved = resolve(recipe_path, overrides)
-    check_trainable(resolved.recipe, resolved.origins)
     assert resolved.launcher is not None  # of a recipe whose names were looked up
     launcher = machines.over(resolved.launcher)
     if launcher.torchrun:

@@ -35,10 +35,19 @@ class Machine(TrainerCallback):
 
     rate: FLOP/s of all processes' devices together (:func:`machine_rate`), or of a step that did more: then others used
     the machine while it was measured. flops: FLOP of a token of the run, given the share of tokens that carry loss.
+    utilised: FLOP of a token that the model needs, nothing computed twice, where `mfu` is wanted too: as a share of
+    `peak`, the cards' by their vendor (FLOP/s of all processes), or of `rate` where there is none (PaLM's MFU,
+    arXiv 2204.02311, appendix B).
     """
 
-    def __init__(self, rate: float, flops: Callable[[float], float]):
-        self.rate, self.flops = rate, flops
+    def __init__(
+        self,
+        rate: float,
+        flops: Callable[[float], float],
+        utilised: Callable[[float], float] | None = None,
+        peak: float | None = None,
+    ):
+        self.rate, self.flops, self.utilised, self.peak = rate, flops, utilised, peak
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any):
         if not logs or "tokens_per_second" not in logs:
@@ -49,19 +58,28 @@ class Machine(TrainerCallback):
             done = self.flops(labelled / tokens) * tokens
             self.rate = max(self.rate, done)
             logs["fraction_of_machine"] = round(done / self.rate, 4)
+            if self.utilised is not None:
+                logs["mfu"] = round(self.utilised(labelled / tokens) * tokens / (self.peak or self.rate), 4)
 
 
-def measure_machine(base: Base, loaded: Loaded, lengths: Sequence[int] | np.ndarray, device: torch.device) -> Machine:
+def measure_machine(
+    base: Base, loaded: Loaded, lengths: Sequence[int] | np.ndarray, device: torch.device, peak: float | None = None
+) -> Machine:
     """Measures the machine for a run; called by every process at the same moment, for they share one machine.
 
-    lengths: tokens of each document.
+    lengths: tokens of each document. peak: FLOP/s of all devices by their vendor, where they are known cards.
     """
     dtype = loaded.compute_dtype
     if trains_base_weights(base) and device.type == "cuda":  # float32 masters, multiplied under autocast
         dtype = DTYPES[base.recipe.model.dtype]
     own = torch.tensor(machine_rate(base.shape, dtype, device), device=device)
     total: Any = reduce(own, "sum")
-    return Machine(float(total), token_flops(base.recipe, base.shape, lengths, grown=base.grown))
+    recipe, shape = base.recipe, base.shape
+    utilised = None
+    if recipe.training.objective == "pretrain":
+        once = recipe.training.model_copy(update={"gradient_checkpointing": False})
+        utilised = token_flops(recipe.model_copy(update={"training": once}), shape, lengths, grown=base.grown)
+    return Machine(float(total), token_flops(recipe, shape, lengths, grown=base.grown), utilised, peak)
 
 
 def token_flops(

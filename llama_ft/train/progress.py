@@ -139,6 +139,9 @@ def held_out(logs: dict[str, Any]) -> str:
     """An evaluation in words; a policy's loss is its mean reward with the sign turned, and is not told twice."""
     rewarded = logs["eval_loss"] == -logs.get("eval_reward", math.inf)
     parts = [] if rewarded else [f"held-out loss {logs['eval_loss']:.4f}"]
+    if "eval_bits_per_byte" in logs:
+        parts.append(f"{logs['eval_bits_per_byte']:.4f} bits per byte")
+    parts += [f"{name} {loss:.4f}" for name, loss in logs.get("eval_loss_by_source", {}).items()]
     if "eval_accuracy" in logs:
         parts.append(f"accuracy {logs['eval_accuracy']:.1%}")
     if "eval_reward" in logs:
@@ -161,7 +164,9 @@ def figures(logs: dict[str, Any], held_out: float | None) -> str:
     if "memory_gib" in logs:
         reserved = f" of {logs['memory_reserved_gib']:.1f}" if "memory_reserved_gib" in logs else ""
         parts.append(f"{logs['memory_gib']:.1f}{reserved} GiB")
-    if "fraction_of_machine" in logs:
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.0%}")
+    elif "fraction_of_machine" in logs:
         parts.append(f"{logs['fraction_of_machine']:.0%} of the machine")
     return " · ".join(parts)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from trl import SFTTrainer
 
+from llama_ft.data.pretraining import PackStream
 from llama_ft.errors import MachineFault
 from llama_ft.files import flush_to_disk, publish
 from llama_ft.plan.steps import per_device
@@ -23,7 +24,7 @@ from llama_ft.train.agree import said_by_main
 from llama_ft.train.checkpoints import ASIDE, Best, best_checkpoint, position_of, remove_old, seal, verify
 from llama_ft.train.sharding.checkpoint import load_optimizer, load_weights, save_optimizer, whole_for_file
 from llama_ft.train.sharding.parts import Parts, parts_of
-from llama_ft.train.steps import EpochOrder
+from llama_ft.train.steps import EpochOrder, PackOrder
 from llama_ft.train.stop import StopCleanly
 
 
@@ -31,14 +32,22 @@ class ResumableTrainer(SFTTrainer):
     """A trainer whose `checkpoints/step-N` is complete or absent, and holds all that the next step depends on.
 
     `tokens_seen` and `labelled_seen` count this process's training tokens; after a resume the first process also has
-    those of the run before, so that sums over all processes go on where they stood. `parts`: how the engine has cut
-    weights or optimizer states, None where every process has them whole.
+    those of the run before, so that sums over all processes go on where they stood. `packs`: of a streamed run of
+    pretrain, what it reads. `parts`: how the engine has cut weights or optimizer states, None where every process has
+    them whole.
     """
 
     def __init__(
-        self, *args: Any, run: Run, recipe: Recipe, order: EpochOrder | None, stop: StopCleanly, **kwargs: Any
+        self,
+        *args: Any,
+        run: Run,
+        recipe: Recipe,
+        order: EpochOrder | PackOrder | None,
+        stop: StopCleanly,
+        packs: PackStream | None = None,
+        **kwargs: Any,
     ):
-        self.run, self.recipe, self.order, self.stop = run, recipe, order, stop
+        self.run, self.recipe, self.order, self.stop, self.packs = run, recipe, order, stop, packs
         self.tokens_seen = 0
         self.labelled_seen = 0
         self.held_out: tuple[int, float] | None = None
@@ -130,6 +139,8 @@ class ResumableTrainer(SFTTrainer):
             "labelled_tokens": labelled,
             "held_out_loss": self.held_out[1] if self.held_out and self.held_out[0] == step else None,
             "evaluation_due": self.evaluation_due,
+            # Where a streamed mixture stands: the last window of documents that these steps had begun.
+            "stream": self.packs.mark(step * batch) if self.packs is not None else None,
         }
 
     def over_all_ranks(self, *counts: int) -> list[int]:

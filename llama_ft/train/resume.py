@@ -15,7 +15,7 @@ from rich.console import Console
 from llama_ft.errors import Problem, UserError
 from llama_ft.files import write_json, write_text
 from llama_ft.recipe import dump, load_recipe
-from llama_ft.recipe.emit import scalar
+from llama_ft.recipe.emit import meant, scalar
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.agree import said_by_main
@@ -74,8 +74,8 @@ class Resumed:
 
 
 def differences(old: Recipe, new: Recipe) -> list[Difference]:
-    """Every dotted key whose value differs between two resolved recipes, in the order of the recipe."""
-    before, after = (dict(_leaves(recipe.model_dump(), "")) for recipe in (old, new))
+    """Every dotted key whose value differs between two resolved recipes and means something in one of them."""
+    before, after = (dict(_leaves(meant(recipe), "")) for recipe in (old, new))
     keys = [*before, *(key for key in after if key not in before)]
     return [Difference(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
@@ -99,7 +99,8 @@ def check_same_recipe(old: Recipe, new: Recipe, where: Path) -> list[Difference]
     """The differences that a run may go on with. UserError with all others, each with both values."""
     found = differences(old, new)
     harmless = [*BESIDE_THE_CURVE, *EQUAL_TO_ROUNDING]
-    if new.training.schedule == "constant" and (new.training.warmup == 0 or new.training.warmup >= 1):
+    told = new.training.warmup_tokens is not None or new.training.warmup == 0 or new.training.warmup >= 1
+    if new.training.schedule == "constant" and told:  # no share of a length
         harmless.append(LENGTH)
     refused = [one for one in found if not re.fullmatch("|".join(harmless), one.key)]
     if refused:

@@ -10,12 +10,15 @@ from typing import Any
 
 import datasets
 
-from llama_ft.data.batches import PackedCollator, PaddedCollator
-from llama_ft.data.prepare import Prepared
-from llama_ft.plan.steps import Cut
+from llama_ft.data.batches import PackCollator, PackedCollator, PaddedCollator
+from llama_ft.data.prepare import held_out_bytes
+from llama_ft.data.pretraining import Packs, PackStream
+from llama_ft.plan.steps import Cut, run_packs
 from llama_ft.recipe.objectives import COMPARED, ONLINE
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
+from llama_ft.train.by_source import BySource
+from llama_ft.train.checkpoints import position_of
 from llama_ft.train.checks import disk_faults
 from llama_ft.train.compared import compared_trainer
 from llama_ft.train.ends import EndToken
@@ -29,7 +32,7 @@ from llama_ft.train.planned import peak_bytes, write_measured
 from llama_ft.train.progress import ProgressLine
 from llama_ft.train.rewards.rewards import Rewards
 from llama_ft.train.start import Flags, Start, make_new_base, open_start, say_start, write_start
-from llama_ft.train.steps import EpochOrder, held_out, with_silence
+from llama_ft.train.steps import EpochOrder, PackOrder, held_out, with_silence
 from llama_ft.train.stop import STOPPED, StopCleanly
 from llama_ft.train.together import joined
 from llama_ft.train.trainer import LlamaTrainer, training_arguments
@@ -138,7 +141,7 @@ def make_trainer(
         "recipe": recipe,
         "stop": stop,
         "eval_dataset": evaluated.with_format("numpy") if evaluated is not None else None,
-        **training_set(prepared, recipe, cut),
+        **training_set(start, cut),
     }
     if recipe.training.objective in COMPARED:
         return compared_trainer(start, loaded, common)
@@ -146,19 +149,35 @@ def make_trainer(
         return rejection_trainer(start, loaded, common, rewards)
     if rewards is not None:
         return online_trainer(start, loaded, common, rewards, warnings if start.main else None)
+    pretrain = recipe.training.objective == "pretrain"
+    packed = PackCollator() if pretrain else PackedCollator()
     return LlamaTrainer(
         **common,
-        data_collator=PackedCollator() if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
+        data_collator=packed if recipe.sequence.packing else PaddedCollator(prepared.tokenizer.pad_token_id),
         guard=Guard(start.run, recipe, prepared),
         ends=EndToken.of(prepared),
+        by_source=BySource.of(recipe.data, start.state.device),
+        eval_bytes=held_out_bytes(prepared) if pretrain else 0,
     )
 
 
-def training_set(prepared: Prepared, recipe: Recipe, cut: Cut) -> dict[str, Any]:
+def training_set(start: Start, cut: Cut) -> dict[str, Any]:
     """What the trainer reads, and in which order: llama_ft/data/balance.py lays a step out for the cut."""
-    stream = prepared.stream
+    prepared, recipe = start.prepared, start.recipe
+    stream, length = prepared.stream, recipe.sequence.max_length
+    pretrain = recipe.training.objective == "pretrain"
+    if stream is not None and pretrain:
+        mark = position_of(start.run.checkpoint(start.step)).get("stream") if start.step is not None else None
+        packs = PackStream(stream, length, recipe.training.seed, mark)
+        streamed = datasets.IterableDataset.from_generator(lambda: iter(packs))
+        return {"train_dataset": streamed, "order": None, "packs": packs}
     if stream is not None:
         return {"train_dataset": datasets.IterableDataset.from_generator(lambda: iter(stream)), "order": None}
+    if pretrain:
+        found = run_packs(recipe, prepared.mixture, prepared.lengths)
+        documents = with_silence(prepared.train).with_format("numpy")
+        laid = Packs(documents, found, silent=len(prepared.train))
+        return {"train_dataset": laid.dataset(), "order": PackOrder(found, cut)}
     order = EpochOrder(prepared.mixture, cut, prepared.lengths, packing=recipe.sequence.packing)
     documents = prepared.train if cut.world == 1 else with_silence(prepared.train)
     return {"train_dataset": documents.with_format("numpy"), "order": order}

@@ -24,7 +24,6 @@ from llama_ft.recipe import dump
 from llama_ft.recipe.objectives import POLICY
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
-from llama_ft.recipe.trainable import check_trainable
 from llama_ft.train.agree import said_by_main
 from llama_ft.train.base import Base, open_base, write_base
 from llama_ft.train.checks import (
@@ -96,7 +95,6 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     check_launch()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, DeepSpeed would guess, and say so
-    check_trainable(recipe)
     check_trackers(recipe)
     check_optimizer(recipe)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -121,7 +119,7 @@ def open_start(run: Run, recipe: Recipe, flags: Flags) -> Start:
     plan = plan_of_run(base, prepared, state, flags.micro_batch, lock.get("compute_dtype"))
     kept = flags.micro_batch is None and resumed.keeps("training.micro_batch")
     micro_batch, accumulation = cut_of_run(plan, lock, state, kept=kept)
-    check_storage(base, run, len(prepared.mixture), fresh=fresh)
+    check_storage(base, run, plan.steps.total, len(prepared.mixture), fresh=fresh)
     return Start(run, recipe, state, console, resumed, prepared, base, plan, micro_batch, accumulation, lock)
 
 
@@ -175,11 +173,14 @@ def say_start(start: Start, loaded: Loaded) -> None:
     base = start.base
     policy = start.recipe.training.objective in POLICY
     answers = f"{start.recipe.sampling.answers} answers × " if policy else ""
+    pretrain = start.recipe.training.objective == "pretrain"
+    tokens, packs = (" tokens", f" packs of {start.recipe.sequence.max_length}") if pretrain else ("", "")
     everything = base.parameters if base.full else base.parameters + base.trained
     start.console.print(
         f"{start.recipe.name}: {counted(start.prepared)}, {base.trained:,} of {everything:,} weights trained, "
-        f"global batch {start.recipe.training.global_batch} = {answers}{start.micro_batch} × {start.accumulation} × "
-        f"{start.state.num_processes}, {str(loaded.compute_dtype).removeprefix('torch.')} on "
+        f"global batch {start.recipe.training.global_batch}{tokens} = {answers}{start.micro_batch} × "
+        f"{start.accumulation} × {start.state.num_processes}{packs}, "
+        f"{str(loaded.compute_dtype).removeprefix('torch.')} on "
         f"{start.state.device.type} ({torch.get_num_threads()} threads)",
         highlight=False,
         soft_wrap=True,
@@ -197,11 +198,13 @@ def began_with(run: Run, prepared: Prepared) -> dict[str, Any]:
     return run.lock
 
 
-def check_storage(base: Base, run: Run, documents: int, *, fresh: bool) -> None:
-    """Refuses a run that the disk has no room for; a run that is resumed has its base already."""
+def check_storage(base: Base, run: Run, planned: int | None, documents: int, *, fresh: bool) -> None:
+    """Refuses a run that the disk has no room for; a run that is resumed has its base already.
+
+    planned: its steps, where the plan knows them."""
     recipe = base.recipe
     steps_per_epoch = math.ceil(documents / per_device(recipe, 1))
-    steps = recipe.training.max_steps or math.ceil(steps_per_epoch * recipe.training.epochs)
+    steps = planned or recipe.training.max_steps or math.ceil(steps_per_epoch * recipe.training.epochs)
     check_disk(
         run.path,
         trained=base.trained,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -36,6 +36,29 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = self.mixture.order(self.epoch)
         return iter(laid_out(order, self.lengths, packing=self.packing, **asdict(self.cut)).tolist())
+
+
+class PackOrder(Sampler[int]):
+    """The packs of a run of `pretrain`, one after the other, whatever its epochs.
+
+    `packs` and `cut` as :class:`EpochOrder` has them. The pack behind the last fills the last pass of all processes.
+    """
+
+    packing, epoch = True, 0
+
+    def __init__(self, packs: Sequence[np.ndarray], cut: Cut):
+        self.mixture, self.cut = packs, cut
+
+    def set_epoch(self, epoch: int) -> None:
+        """There is one."""
+
+    def __len__(self) -> int:
+        packs, at_once = len(self.mixture), self.cut.micro_batch * self.cut.world
+        return packs if self.cut.world == 1 else -(-packs // at_once) * at_once
+
+    def __iter__(self) -> Iterator[int]:
+        packs = len(self.mixture)
+        return iter([*range(packs), *[packs] * (len(self) - packs)])
 
 
 def with_silence(documents: datasets.Dataset, times: int = 1) -> datasets.Dataset:

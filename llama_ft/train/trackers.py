@@ -60,7 +60,7 @@ class Tracker(TrainerCallback, ABC):
         self.recipe, self.run, self.resumed, self.is_open = recipe, run, step, False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any):
-        numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        numbers = numbers_of(logs or {})
         if not self.is_open:
             self.open()
             self.is_open = True
@@ -83,6 +83,12 @@ class Tracker(TrainerCallback, ABC):
     @abstractmethod
     def close(self, *, finished: bool) -> None:
         """Everything is written; the record is marked as finished or failed where the tracker knows the difference."""
+
+
+def numbers_of(logs: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line, those of its parts as `loss_by_source/wikipedia`."""
+    parts = {f"{key}/{name}": one for key, of in logs.items() if isinstance(of, dict) for name, one in of.items()}
+    return {key: float(value) for key, value in {**logs, **parts}.items() if isinstance(value, int | float)}
 
 
 def grouped(key: str) -> str:

@@ -20,13 +20,14 @@ from llama_ft.adapters.lora import stack_projections
 from llama_ft.llama.head import IGNORE
 from llama_ft.recipe.run import Run
 from llama_ft.recipe.schema import Recipe
+from llama_ft.train.by_source import BySource, evaluated_sources
 from llama_ft.train.ends import EndToken
 from llama_ft.train.guards import Guard
 from llama_ft.train.optimizer import make_optimizer, make_schedule, optimizer_arguments
 from llama_ft.train.resumable import ResumableTrainer, kept_random_numbers
 from llama_ft.train.sharding.on_cpus import allow_fsdp2_on_cpus
 from llama_ft.train.sharding.parts import order_of
-from llama_ft.train.steps import EpochOrder
+from llama_ft.train.steps import EpochOrder, PackOrder
 
 
 def training_arguments(
@@ -40,7 +41,8 @@ def training_arguments(
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(run.checkpoints),
-        num_train_epochs=float(training.epochs),
+        # The packs of a run of pretrain are laid out for all its epochs at once, and read in one pass.
+        num_train_epochs=1.0 if training.objective == "pretrain" else float(training.epochs),
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
@@ -91,8 +93,17 @@ class LlamaTrainer(ResumableTrainer):
     The loss is the model's own head, which TRL would bypass; evaluation is the exact nll per labelled token.
     """
 
-    def __init__(self, *args: Any, guard: Guard, ends: EndToken | None, **kwargs: Any):
-        self.guard, self.ends = guard, ends
+    def __init__(
+        self,
+        *args: Any,
+        guard: Guard,
+        ends: EndToken | None,
+        by_source: BySource | None = None,
+        eval_bytes: int = 0,
+        **kwargs: Any,
+    ):
+        """eval_bytes: of the held-out text, where bits per byte are to be told."""
+        self.guard, self.ends, self.by_source, self.eval_bytes = guard, ends, by_source, eval_bytes
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -114,8 +125,12 @@ class LlamaTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sum of the micro-batch's nll over the labelled tokens of the whole global batch."""
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        watched = self.by_source if model.training else None
+        asked = {"by_document": True} if watched is not None else {}
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **asked)
         loss = outputs.loss
+        if watched is not None:
+            watched.add(outputs.document_losses)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the engine averages gradients over ranks; we want their sum
         if model.training:
@@ -155,7 +170,7 @@ class LlamaTrainer(ResumableTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder | PackOrder | None:
         return self.order
 
     def evaluate(
@@ -166,11 +181,14 @@ class LlamaTrainer(ResumableTrainer):
         The random numbers stand afterwards where they stood before. Answers {} where a signal came while training.
         """
         start = time.perf_counter()
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
         with kept_random_numbers(self.args.device):
             measured = self.measure(self.get_eval_dataloader(eval_dataset))
             if measured is not None:
                 measured["seconds"] = round(time.perf_counter() - start, 3)
+                if self.eval_bytes:
+                    nats = measured["loss"] * measured["labelled_tokens"]
+                    measured["bits_per_byte"] = nats / math.log(2) / self.eval_bytes
                 if self.ends is not None:
                     measured["end_probability"] = self.ends.probability(self)
                 metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
@@ -181,23 +199,31 @@ class LlamaTrainer(ResumableTrainer):
         return metrics
 
     @torch.no_grad()
-    def measure(self, batches: Any) -> dict[str, float] | None:
-        """Nats per labelled token (`loss`) and their number over a data loader, over all ranks; None if stopped."""
+    def measure(self, batches: Any) -> dict[str, Any] | None:
+        """Nats per labelled token (`loss`) and their number over a data loader, over all ranks; None if stopped.
+
+        With several sources also `loss_by_source`.
+        """
         model: Any = self.model_wrapped if self.accelerator._models else self.model
         was_training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        apart = BySource.of(evaluated_sources(self.recipe), self.args.device) if self.by_source is not None else None
         for batch in batches:
             if self.is_in_train and self.stop.agreed():
                 model.train(was_training)
                 return None
-            inputs = self._prepare_inputs(batch)
-            inputs.pop("origins", None)
-            total[0] += model(**inputs, num_items_in_batch=1).loss.double()
+            inputs: dict[str, Any] = self._prepare_inputs(batch)
+            origins = inputs.pop("origins", [])
+            outputs = model(**inputs, num_items_in_batch=1, **({"by_document": True} if apart is not None else {}))
+            total[0] += outputs.loss.double()
             total[1] += (inputs["labels"] != IGNORE).sum()
+            if apart is not None:
+                apart.add(outputs.document_losses, apart.count(inputs, origins))
         model.train(was_training)
         nats, labelled = self.accelerator.reduce(total, "sum").tolist()
-        return {"loss": nats / labelled if labelled else math.nan, "labelled_tokens": int(labelled)}
+        found = {"loss": nats / labelled if labelled else math.nan, "labelled_tokens": int(labelled)}
+        return found if apart is None else found | {"loss_by_source": apart.take(self.accelerator)["loss"]}
 
     def means(self, figures: dict[str, Tensor]) -> dict[str, float]:
         """Figures over all processes: each one's sum by its count, and the number of items."""
@@ -213,6 +239,8 @@ class LlamaTrainer(ResumableTrainer):
         self.step_began = (time.perf_counter(), self.tokens_seen, self.labelled_seen)
         batches, labelled = super().get_batch_samples(*args, **kwargs)
         self.guard.begin(batches)
+        if self.by_source is not None:
+            self.by_source.begin(self.guard.batches)
         return batches, labelled
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
@@ -222,7 +250,7 @@ class LlamaTrainer(ResumableTrainer):
         self.guard.check(self, norm)
         return norm
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Adds to every training line the tokens so far and the step's own time and rate, over all ranks."""
         if "train_runtime" in logs:
             return  # transformers' summary at the end counts only what was done since the last resume
@@ -239,6 +267,8 @@ class LlamaTrainer(ResumableTrainer):
                 "tokens_per_second": round(totals[2] / seconds, 2),
                 "labelled_tokens_per_second": round(totals[3] / seconds, 2),
             }
+            if self.by_source is not None:
+                logs |= {f"{what}_by_source": of for what, of in self.by_source.take(self.accelerator).items()}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

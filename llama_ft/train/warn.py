@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llama_ft.files import write_json
 from llama_ft.recipe.run import Run
+from llama_ft.recipe.schedule import warmup_steps
 from llama_ft.recipe.schema import Recipe
 from llama_ft.train.samples import MAX_NEW_TOKENS, Samples
 
@@ -72,9 +73,8 @@ class Warnings(TrainerCallback):
             if rising is not None:
                 self.say("overfitting", rising)
         # The warm-up must be over: nothing is learnt at a rate that is still near zero.
-        warmup = float(self.recipe.training.warmup)
-        warmed = warmup if warmup >= 1 else warmup * state.max_steps
-        if state.global_step == max(state.max_steps // 4, math.ceil(2 * warmed)) < state.max_steps:
+        warmed = warmup_steps(self.recipe.training, state.max_steps)
+        if state.global_step == max(state.max_steps // 4, 2 * warmed) < state.max_steps:
             self._judge_curve()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):

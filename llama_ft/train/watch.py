@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from llama_ft.data.prepare import Prepared
+from llama_ft.plan.hardware import these_gpus
 from llama_ft.recipe.run import Run
 from llama_ft.train.base import Base
 from llama_ft.train.engine import engine_in_force
@@ -38,7 +39,9 @@ class Watch:
         step: int | None,
     ):
         self.console, self.fresh = console, step is None
-        machine = measure_machine(base, loaded, prepared.lengths, state.device)
+        found = these_gpus() if state.device.type == "cuda" else None
+        peak = found.card.flops * state.num_processes if found is not None and found.card is not None else None
+        machine = measure_machine(base, loaded, prepared.lengths, state.device, peak)
         self.progress = ProgressLine(console)
         self.status = Status(run, console, machine, main=state.is_main_process)
         self.callbacks: list[TrainerCallback] = [machine, self.progress, self.status]

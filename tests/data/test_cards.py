@@ -72,7 +72,7 @@ def test_the_installed_python_is_a_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("{python: functions}", "3:10: source.python: has the wrong value — expected one of 'docstrings' or 'files'"),
+        ("{python: function}", "3:10: source.python: has the wrong value — expected one of 'docstrings', 'files'"),
         ("{python: files, revision: x}", "3:25: source.revision: unknown key"),
         ("{pyhton: files}", "unknown key — did you mean 'python'?"),
     ],

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama_ft.data.prepare import Prepared, inspect_data, prepare_data
+from llama_ft.data.pretraining import packs_of_run
 from llama_ft.data.render import MASKED
 from llama_ft.errors import UserError
 from llama_ft.recipe.schema import Recipe
@@ -93,7 +95,8 @@ def test_long_text_is_split_and_nothing_is_lost(tmp_path: Path, make_recipe: Mak
     assert prepared.tokenizer.decode(ids) == text + "<|im_end|>"
     counts = prepared.report.sources[0]
     assert (counts.rows, counts.kept, counts.parts) == (2, len(parts) + 1, len(parts) - 1)
-    assert sum(len(pack) for pack in prepared.packs()) == len(prepared.train)
+    packs = packs_of_run(prepared.mixture, prepared.lengths, 64, epochs=1.0)
+    assert sorted(np.concatenate(packs)) == list(range(len(prepared.train)))
     assert 0 < prepared.report.efficiency["fill of packs"] <= 1
 
 

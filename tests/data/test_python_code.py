@@ -151,6 +151,26 @@ def test_files_are_whole_modules() -> None:
     assert source.unchanged() and [value for _, value in source.rows(Problems())] == first
 
 
+def test_long_files_are_those_of_many_characters() -> None:
+    whole = {split: _texts("files", split) for split in python_code.SPLITS}
+    long = {split: _texts("long-files", split) for split in python_code.SPLITS}
+    for split in python_code.SPLITS:
+        assert long[split] == {name: text for name, text in whole[split].items() if len(text) >= python_code.LONG}
+        assert 0 < len(long[split]) < len(whole[split])
+
+
+def test_functions_are_the_code_that_docstrings_ask_for(rows: dict[str, list[Any]]) -> None:
+    for split in python_code.SPLITS:
+        code = {(row["source"], row["output"] + "\n") for row in rows[split][::2]}
+        source = open_python("functions", split)
+        assert {(value["path"], value["text"]) for _, value in source.rows(Problems())} == code
+    assert "return self.optional\n" in _texts("functions", "train")["__future__._Feature.getOptionalRelease"]
+
+
+def _texts(what: python_code.What, split: str) -> dict[str, str]:
+    return {value["path"]: value["text"] for _, value in open_python(what, split).rows(Problems())}
+
+
 def test_the_fingerprint_names_the_python_and_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text(MODULE)
     source = open_python("docstrings", "train", root=tmp_path)
@@ -182,7 +202,9 @@ def test_a_python_without_sources_says_so(tmp_path: Path) -> None:
 
 def test_the_cards_open() -> None:
     entries = [Data(use="python-docstrings", limit=4), Data(use="python-files", split="heldout", limit=2)]
-    docstrings, files = open_sources(entries)
+    entries += [Data(use="python-long-files", limit=1), Data(use="python-functions", limit=1)]
+    docstrings, files, *others = open_sources(entries)
+    assert [source.layout for source in others] == ["text", "text"]
     assert (docstrings.layout, files.layout) == ("alpaca", "text") and docstrings.guessed is None
     assert len(list(docstrings.rows(Problems()))) == 4
     assert [set(value) for _, value in files.rows(Problems())] == [{"text", "path"}] * 2

@@ -86,15 +86,6 @@ def test_one_recipe_written_twice_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_what_this_version_cannot_train_is_told_before_the_first_start(tmp_path: Path) -> None:
-    (tmp_path / "rows.txt").write_text("some text")
-    grid = [f"data=[{{path: {tmp_path / 'rows.txt'}, layout: text}}]", "template=plain", "eval_data=null"]
-    grid += ["training.objective=pretrain", "training.global_batch=512,1024"]
-    with pytest.raises(UserError, match="this version cannot train pretrain yet") as caught:
-        run_sweep("quickstart", grid, out=tmp_path / "out", dry_run=False, overwrite=False, flags=[])
-    assert len(caught.value.problems) == 1, "the same mistake of two points is told once"
-
-
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the sweep's folder cannot be made"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,9 +55,15 @@ ORIGINALS = {
     "vicuna/llama-2-7b-v1.5-16k": Numbers(2e-5, 3, 128, 16384, "cosine", 0.03, "vicuna_v1.1", "responses"),
     # codealpaca README: 8 x 8 x 4
     "code-alpaca/llama-7b-full": Numbers(2e-5, 3, 256, 512, "cosine", 0.03, "alpaca", "responses"),
-    # arXiv 2308.12950; batches in tokens
-    "code-llama/llama-2-7b-infilling": Numbers(3e-4, 1, 4_194_304, 4096, "cosine", 0.03, "plain", "all"),
-    "code-llama/llama-2-7b-long-context": Numbers(2e-5, 1, 2_097_152, 16384, "cosine", 0.03, "plain", "all"),
+    # arXiv 2308.12950, section 2.6; batches in tokens
+    "code-llama/llama-2-7b-infilling": Numbers(3e-4, 1, 4_194_304, 4096, "cosine", 1000, "plain", "all"),
+    "code-llama/llama-2-7b-python": Numbers(1e-4, 1, 4_194_304, 4096, "cosine", 1000, "plain", "all"),
+    "code-llama/llama-2-7b-long-context": Numbers(2e-5, 1, 2_097_152, 16384, "cosine", 1000, "plain", "all"),
+    # arXiv 2302.13971 section 2.3 and table 2; batches in tokens, 1.0T or 1.4T of them in all
+    "pretrain/llama-1-mixture": Numbers(3e-4, 1, 4_194_304, 2048, "cosine", 2000, "plain", "all"),
+    "pretrain/llama-1-mixture-13b": Numbers(3e-4, 1, 4_194_304, 2048, "cosine", 2000, "plain", "all"),
+    "pretrain/llama-1-mixture-33b": Numbers(1.5e-4, 1, 4_194_304, 2048, "cosine", 2000, "plain", "all"),
+    "pretrain/llama-1-mixture-65b": Numbers(1.5e-4, 1, 4_194_304, 2048, "cosine", 2000, "plain", "all"),
     # qlora scripts/finetune_guanaco_7b.sh
     "guanaco/llama-7b-qlora": Numbers(2e-4, 4, 16, 512, "constant", 0, "guanaco", "all"),
     "guanaco/smollm2-135m-qlora": Numbers(2e-4, 4, 16, 512, "constant", 0, "guanaco", "all"),
@@ -87,14 +94,19 @@ _SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 _ALPACA = {"instruction": "i", "input": "", "output": "o"}
 _LOGGED = {"country": None, "hashed_ip": "0", "header": {"user-agent": "x"}, "redacted": False, "toxic": False}
 _SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+_PILE = {"id": "0", "text": "t", "source": "s", "added": "2024", "created": "2024", "metadata": {"license": "CC0"}}
 ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {**_ALPACA, "text": "t"},
     "alpaca-cleaned": _ALPACA,
     "alpaca-gpt4": {**_ALPACA, "text": "t"},
     "code-alpaca": _ALPACA,
+    "arxiv-papers": _PILE,
+    "c4": {"text": "t", "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"},
     "codeparrot-clean": {"repo_name": "r", "path": "p.py", "content": "x = 1", "license": "mit"},
     "dolly": {"instruction": "i", "context": "", "response": "o", "category": "open_qa"},
+    "fineweb": {"text": "t", "id": "i", "dump": "CC-MAIN-2013-20", "url": "u", "language": "en", "token_count": 1},
     "gpteacher": {"instruction": "i", "input": "", "response": "o"},
+    "gutenberg": _PILE,
     **dict.fromkeys(("hh-rlhf", "hh-rlhf-helpful", "hh-rlhf-harmless"), _TOLD),
     "humaneval": {
         "task_id": "HumanEval/0",
@@ -109,6 +121,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "openassistant-guanaco": {"text": "### Human: q### Assistant: a", "messages": _SAID, "language": "en"},
     "sharegpt-90k": {"id": "0", "conversations": [{**turn, "markdown": "m"} for turn in _SHARED], "lang": "en"},
     "sharegpt-v3": {"id": "0", "conversations": _SHARED},
+    "stack-v2-edu": _PILE,
+    "stackexchange": _PILE,
     "tulu-3-preference": {
         "id": "0",
         "prompt": "q",
@@ -121,12 +135,15 @@ ROWS: dict[str, dict[str, Any]] = {
         **{"prompt": "q", "prompt_id": "0", "messages": _SAID, "chosen": _SAID, "score_chosen": 8.0},
         **{"rejected": [_SAID[0], {**_SAID[1], "content": "b"}], "score_rejected": 5.0},
     },
+    "wikipedia": {"id": "1", "url": "u", "title": "t", "text": "t"},
     "wildchat-1m": {"conversation_hash": "0", "conversation": [{**turn, **_LOGGED} for turn in _SAID], "turn": 1},
 }
 """One row of each hub set with the columns it is published with."""
 OWN_NUMBERS = (
     "code-llama/codellama-7b-instruct",
     "llama-2-chat/3-rejection-sampling",
+    "pretrain/from-nothing",
+    "pretrain/laptop-mixture",
     *(name for name in TWINS if name not in ORIGINALS),
 )
 """Recipes whose hyper-parameters no original states, or that are made for a laptop."""
@@ -171,12 +188,45 @@ def test_numbers_that_one_family_has_alone() -> None:
     assert (infilling.infilling.rate, infilling.infilling.spm, infilling.infilling.split) == (0.9, 0.5, "character")
     long = load_recipe("code-llama/llama-2-7b-long-context")
     assert long.model.rope_scaling is not None and long.model.rope_scaling.rope_theta == 1e6
-    assert long.training.max_steps is not None
-    assert round(long.training.max_steps * long.training.global_batch / 1e9) == 21  # the paper's 20B, in powers of two
+    # arXiv 2308.12950: tokens of figure 2, of the long-context stage the steps that section 2.6 gives for 7B
+    stages = {"infilling": 500e9, "python": 100e9, "long-context": 3000 * 2**21}
+    for stage, tokens in stages.items():
+        training = load_recipe(f"code-llama/llama-2-7b-{stage}").training
+        assert training.max_steps is not None
+        assert abs(training.max_steps * training.global_batch / tokens - 1) < 1e-4
+        assert training.betas == [0.9, 0.95] and round(1 / training.final_rate) == 30
+    # the same paper's table 1: code, or Python and code; natural language related to code; natural language
+    shares = {stage: [one.share for one in load_recipe(f"code-llama/llama-2-7b-{stage}").data] for stage in stages}
+    assert shares["infilling"] == shares["long-context"] == [0.85, 0.08, 0.07]
+    assert shares["python"] == [0.75, 0.10, 0.10, 0.05]
+    python = load_recipe("code-llama/llama-2-7b-python")
+    assert python.infilling is None and python.model.tokenizer is None and python.model.rope_scaling is None
     objectives = {name: load_recipe(name).training.objective for name in FAMILIES}
     assert {name for name, objective in objectives.items() if objective == "dpo"} == {
         name for name in FAMILIES if "-dpo" in name
     }
+
+
+MIXTURE = {  # arXiv 2302.13971, table 1: CommonCrawl, C4, GitHub, Wikipedia, Books, ArXiv, StackExchange
+    **{"fineweb": 0.67, "c4": 0.15, "stack-v2-edu": 0.045, "wikipedia": 0.045, "gutenberg": 0.045},
+    **{"arxiv-papers": 0.025, "stackexchange": 0.02},
+}
+
+
+@pytest.mark.parametrize(("size", "tokens"), [("", 1.0), ("-13b", 1.0), ("-33b", 1.4), ("-65b", 1.4)])
+def test_llamas_mixture_has_the_papers_shares_and_as_many_tokens(size: str, tokens: float) -> None:
+    recipe, shares = load_recipe(f"pretrain/llama-1-mixture{size}"), dict.fromkeys(MIXTURE, 0.0)
+    for source in recipe.data:
+        assert source.use is not None and source.share is not None
+        shares[source.use] += source.share
+        assert source.quality == (["code"] if source.use == "stack-v2-edu" else [])  # no rule for prose judges code
+    assert {use: round(share, 4) for use, share in shares.items()} == MIXTURE
+    training = recipe.training
+    assert training.max_steps is not None
+    assert training.max_steps * training.global_batch / 1e12 == pytest.approx(tokens, rel=0.05)  # 4M, in powers of two
+    assert (training.betas, training.weight_decay, training.max_grad_norm) == ([0.9, 0.95], 0.1, 1.0)
+    assert training.final_rate == 0.1 and recipe.model.base == f"preset:llama-1{size or '-7b'}"
+    assert recipe.model.starts_new and recipe.mixture.streaming
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -201,11 +251,56 @@ def test_layouts_of_the_cards_fit_the_objective(name: str) -> None:
 def test_a_laptop_twin_is_small(name: str) -> None:
     recipe = load_recipe(name)
     method = {"qlora": "qlora", "full": "full"}.get(name.rpartition("-")[2], "lora")
+    if recipe.training.objective == "pretrain":  # the originals tune all weights
+        method = "full"
     assert (recipe.model.base, recipe.adapter.method) == ("smollm2-135m", method)
     assert recipe.adapter.dora == name.endswith("-dora")
     assert recipe.launch.endswith("accelerate_configs/cpu.yaml")
+    if recipe.training.objective == "pretrain":
+        assert recipe.training.global_batch <= 16384 and recipe.training.micro_batch == 1
+        assert recipe.sequence.max_length == (16384 if name.startswith("long-context/") else 1024)
+        return
     documents = recipe.training.global_batch // (recipe.sampling.answers if recipe.training.objective in POLICY else 1)
     assert documents <= 32 and recipe.sequence.max_length <= 1024
+
+
+@pytest.mark.parametrize("name", [name for name in TWINS if name.startswith("long-context/")])
+def test_long_context_twins_differ_in_their_scaling_alone(name: str) -> None:
+    recipe, yarn = load_recipe(name), load_recipe("long-context/smollm2-135m-16k-yarn")
+    scaling = recipe.model.rope_scaling
+    assert scaling is not None
+    expected = {
+        "yarn": {"rope_type": "yarn", "factor": 2.0},
+        "linear": {"rope_type": "linear", "factor": 2.0},
+        "theta": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    assert scaling.parameters() == expected[name.rpartition("-")[2]]
+    apart = {"name", "reproduces", "model"}
+    assert recipe.model_dump(exclude=apart) == yarn.model_dump(exclude=apart)
+    assert recipe.training.gradient_checkpointing is True and recipe.sequence.overlong == "split"
+
+
+def test_the_infilling_twin_names_tokens_that_it_can_tell_apart(smollm2: Path) -> None:
+    """SmolLM2's unused control tokens have one embedding; of the four none is near another."""
+    import torch
+    from safetensors.torch import load_file
+
+    from llama_ft.data.infilling import InfillingTokens
+    from llama_ft.tokenizer.load import load_tokenizer
+
+    infilling = load_recipe("code-llama/smollm2-135m-infilling").infilling
+    assert infilling is not None and infilling.tokens is not None
+    tokenizer = load_tokenizer(smollm2)
+    assert InfillingTokens.find(tokenizer, infilling.tokens).end == "<|endoftext|>"
+    table = next(
+        w for f in smollm2.glob("*.safetensors") for n, w in load_file(f).items() if "embed_tokens" in n
+    ).float()
+
+    def nearest(names: list[str]) -> float:
+        rows = torch.nn.functional.normalize(table[tokenizer.convert_tokens_to_ids(names)], dim=-1)
+        return float((rows @ rows.T - torch.eye(len(rows))).max())
+
+    assert nearest(infilling.tokens) < 0.98 < nearest(["<file_sep>", "<gh_stars>", "<jupyter_code>", "<empty_output>"])
 
 
 @pytest.mark.parametrize("name", STARTING_POINTS)
@@ -251,7 +346,8 @@ def test_rows_with_the_published_columns_are_read_through_the_card(name: str) ->
 def test_benchmarks_and_test_splits_stay_out_of_training() -> None:
     for name in FAMILIES:
         for source in load_recipe(name).data:
-            assert source.use not in ("humaneval", "mbpp") and source.split == "train"
+            assert source.use not in ("humaneval", "mbpp")
+            assert source.split == "train" or source.use == "wikipedia"  # its splits are languages
 
 
 @pytest.mark.skipif(not PAGE.is_file(), reason="the documentation is not shipped with the package")

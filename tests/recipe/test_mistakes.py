@@ -411,10 +411,72 @@ COMBINATIONS = {
         ],
     ),
     "pretrain": (
-        good(data="[{path: r.yaml, layout: alpaca}]", training="{objective: pretrain}"),
+        good(data="[{path: r.yaml, layout: alpaca}]", training="{objective: pretrain, global_batch: 4096}"),
         [
             "r.yaml:3:23: data.0.layout: pretrain reads layout text, not alpaca"
             " — write layout: text, or objective: sft",
+        ],
+    ),
+    "a pack that no step fills": (
+        good(data="[{path: r.yaml, layout: text}]", training="{objective: pretrain, global_batch: 128}"),
+        [
+            "r.yaml:5:33: training.global_batch: pretrain counts tokens, and a global batch of 128"
+            " does not fill one pack of 2048 — write a multiple of 2048, such as 16384",
+        ],
+    ),
+    "tokens without packs": (
+        good(data="[{path: r.yaml, layout: text}]", training="{objective: pretrain, global_batch: 4096}")
+        + "sequence: {packing: false}\n",
+        [
+            "r.yaml:6:12: sequence.packing: pretrain lays documents into packs of max_length tokens — remove it",
+        ],
+    ),
+    "warm-up in tokens of documents": (
+        GOOD + "training: {warmup_tokens: 5000}\n",
+        [
+            "r.yaml:5:12: training.warmup_tokens: sft counts documents, not tokens"
+            " — write warmup, in steps or as a share",
+        ],
+    ),
+    "warm-up twice, or longer than the run": (
+        good(
+            data="[{path: r.yaml, layout: text}]",
+            training="{objective: pretrain, global_batch: 4096, max_steps: 9, warmup: 3, warmup_tokens: 10000}",
+        ),
+        [
+            "r.yaml:5:78: training.warmup_tokens: warmup says how long the warm-up is, too — remove one of the two",
+        ],
+    ),
+    "warm-up in tokens longer than the run": (
+        good(
+            data="[{path: r.yaml, layout: text}]",
+            training="{objective: pretrain, global_batch: 4096, max_steps: 3, warmup_tokens: 9000}",
+        ),
+        [
+            "r.yaml:5:67: training.warmup_tokens: warm-up takes 3 steps of 4096 tokens, training stops after 3"
+            " — write fewer tokens",
+        ],
+    ),
+    "shares": (
+        good(
+            data="[{path: r.yaml, layout: text, share: 0.5}, {path: r.yaml, layout: text}]",
+            training="{objective: pretrain, global_batch: 4096}",
+        ),
+        [
+            "r.yaml:3:37: data.0.share: shares of tokens are held by pretrain, from a stream"
+            " — write objective: pretrain with mixture: {streaming: true}, or weigh the sources instead",
+            "r.yaml:3:50: data.1: the other sources say which share of the tokens is theirs — add share to this one",
+        ],
+    ),
+    "shares that miss 1": (
+        good(
+            data="[{path: r.yaml, layout: text, share: 0.5}, {path: r.yaml, layout: text, share: 0.4, weight: 2}]",
+            training="{objective: pretrain, global_batch: 4096, max_steps: 5}",
+        )
+        + "mixture: {streaming: true}\n",
+        [
+            "r.yaml:3:37: data.0.share: the shares of all sources come to 0.9, not to 1 — mend one of them",
+            "r.yaml:3:91: data.1.weight: share says how often the source is drawn, too — remove one of them",
         ],
     ),
     "packing": (GOOD + "sequence: {packing: true}\ntraining: {objective: reward}\n", []),

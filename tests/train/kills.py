@@ -225,5 +225,6 @@ class Bench:
 def figures(file: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl without what a clock or the machine measured."""
     kept = ("step", "loss", "grad_norm", "learning_rate", "tokens", "labelled_tokens", "eval_loss", "epoch")
+    kept += ("loss_by_source", "tokens_by_source", "eval_loss_by_source", "eval_bits_per_byte")
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [{key: line[key] for key in kept if key in line} for line in lines]

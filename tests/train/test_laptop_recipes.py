@@ -61,6 +61,9 @@ def test_two_steps(small_base, tmp_path, name):
         # No two layers solve a sum, and the reward model is the run of the step before.
         Path(tmp_path, "worth.py").write_text("def worth(prompt, answer, reference):\n    return len(answer)\n")
         changes.append(f"rewards=[{{function: '{tmp_path / 'worth.py'}:worth'}}]")
+    if recipe.training.objective == "pretrain":  # its batch counts tokens, in packs of max_length
+        changes += ["sequence.max_length=128", "training.global_batch=256", "training.warmup=0"]
+        changes.append("data.0.limit=4" if recipe.infilling is None else "data.1.limit=8")
     if name != "quickstart":
         changes.append("export.merged=false")
     line = [*ACCELERATE, "--config_file", recipe.launch, "-m", "llama_ft.train", name, *changes]

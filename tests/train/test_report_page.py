@@ -253,3 +253,28 @@ def test_the_command_writes_it_without_torch_and_refuses_what_is_no_run(tmp_path
     assert (run.path / "report.html").stat().st_size > 20_000
     refused = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert refused.exit_code == 2 and "has no recipe.yaml" in refused.output
+
+
+def test_a_mixture_is_shown_by_source(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = [
+        {
+            "step": step,
+            "loss": 3.0 - step / 10,
+            "loss_by_source": {"wiki": 4.0 - step / 10, HOSTILE: 2.0} if step > 1 else {"wiki": 3.9},
+            "tokens_by_source": {"wiki": 60, HOSTILE: 40},
+        }
+        for step in range(1, 21)
+    ]
+    lines.append({"step": 20, "eval_loss": 2.5, "eval_loss_by_source": {"wiki": 2.2, "books": 2.7}})
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    page = write_page(run).read_text(encoding="utf-8")
+    Reader(page)
+    assert HOSTILE not in page and "books, held out" in page
+    section = page.partition('<h2 id="mixture">')[2].partition("</section>")[0]
+    for shown in (">1,200<", ">60.00%<", ">40.00%<", ">3.850<", ">2.050<"):  # means of the first two and the last two
+        assert shown in section, shown
+
+
+def test_one_source_has_no_mixture(tmp_path):
+    assert 'id="mixture"' not in write_page(make_run(tmp_path / "run")).read_text(encoding="utf-8")

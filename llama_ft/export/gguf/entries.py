@@ -23,6 +23,8 @@ _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The same with single digits is Qwen 2's, and what `llama-ft tokenizer train` cuts by (llama.cpp, src/llama-vocab.cpp).
+_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 NO_BOS = "{%- set bos_token = '' -%}"
 _CONTROL, _UNUSED = 3, 5
 """Of tokenizer.ggml.token_type."""
@@ -149,8 +151,8 @@ def pre_tokenizer(description: dict[str, Any]) -> str | None:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and cuts and steps[0].get("individual_digits"):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not cuts and steps[0].get("pattern", {}).get("Regex") == _LLAMA_3:
-        return "llama-bpe"
+    if kinds == ["Split", "ByteLevel"] and not cuts:
+        return {_LLAMA_3: "llama-bpe", _QWEN_2: "qwen2"}.get(steps[0].get("pattern", {}).get("Regex"))
     return None
 
 

@@ -58,8 +58,21 @@ def import_checkpoint(
     source, dest = source.expanduser().resolve(), dest.expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"no such type '{dtype}'", hint=did_you_mean(dtype, DTYPES, kind="types"))
-    _check_dest(source, dest, overwrite=overwrite)
-    checked = open_checkpoint(source)
+    check_dest(source, dest, overwrite=overwrite)
+    return write_checkpoint(open_checkpoint(source), source, dest, dtype=dtype, overwrite=overwrite, weights=weights)
+
+
+def write_checkpoint(
+    checked: Weights,
+    source: Path,
+    dest: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    weights: bool = True,
+    doing: str = "importing",
+) -> Imported:
+    """Writes an opened checkpoint, which came from `source`; `doing` is said of it, the rest: `import_checkpoint`."""
     chosen = DTYPES[dtype] if dtype else checked.dtype
     size = total_bytes(checked.shapes, chosen) if weights else 0
     try:
@@ -72,9 +85,9 @@ def import_checkpoint(
             tokenizer = checked.tokenizer(made)
             _write_config(checked, made, chosen)  # and may settle which token is padding
             if weights:
-                stream = with_progress(_values(checked, chosen), size, f"importing {source.name}")
+                stream = with_progress(_values(checked, chosen), size, f"{doing} {source.name}")
                 write_model(made, checked.shapes, chosen, stream, SHARD_BYTES)
-            _check_dest(source, dest, overwrite=overwrite)  # an import takes long: what is there by now?
+            check_dest(source, dest, overwrite=overwrite)  # an import takes long: what is there by now?
             publish(made, dest)
     except OSError as error:
         raise _disk_fault(error, dest) from error
@@ -153,8 +166,8 @@ def _open_folder(folder: Path) -> Weights:
     raise UserError(what, where=str(folder), hint=hint)
 
 
-def _check_dest(source: Path, dest: Path, *, overwrite: bool) -> None:
-    """A folder is never mixed with another, and only a model folder is ever replaced."""
+def check_dest(source: Path, dest: Path, *, overwrite: bool) -> None:
+    """A folder is never mixed with another, and only a model folder is ever replaced. UserError where it would be."""
     if not dest.exists():
         return
     if not dest.is_dir():

@@ -52,6 +52,7 @@ def curves(view: ReportView) -> str:
     tokens, _, rate = alignment.rate_of(view)
     figures = [
         *alignment.figures(view),
+        Curve("Bits per byte", [], points=s("eval_bits_per_byte"), points_name="held-out"),
         Curve("Learning rate", s("learning_rate"), from_zero=True),
         Curve("Gradient norm", s("grad_norm"), from_zero=True, smooth=True),
         Curve(f"{tokens.capitalize()} per second", s(rate), from_zero=True, smooth=True),

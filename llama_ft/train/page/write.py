@@ -16,6 +16,7 @@ from llama_ft.recipe.schema import Recipe
 from llama_ft.train.page import alignment, sampled, sections
 from llama_ft.train.page.gather import ReportView, gather
 from llama_ft.train.page.html import facts, number
+from llama_ft.train.page.mixture import mixture
 
 HERE = Path(__file__).parent
 
@@ -43,6 +44,7 @@ def page(view: ReportView) -> str:
     asked = ("scores", "Scores", sampled.scores(view)) if scores else ("answers", "Answers", sections.answers(view))
     parts = [
         ("curves", "Curves", sections.curves(view)),
+        ("mixture", "Mixture", mixture(view)),
         ("accuracy", "Accuracy", sampled.accuracy(view)),
         ("best", "Best of K", sampled.best_of_k(view)),
         ("drawn", "Drawn answers", sampled.drawn(view)),

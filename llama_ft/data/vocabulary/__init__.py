@@ -1,0 +1,1 @@
+"""Text of sources for tokenizers: to train them on, and to measure them on."""
