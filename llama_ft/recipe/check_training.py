@@ -34,7 +34,9 @@ def warmup_in_tokens_is_for_tokens(view: View) -> None:
     if objective != "pretrain":
         view.wrong(key, f"{objective} counts documents, not tokens", "write warmup, in steps or as a share")
     elif view.stated_beside("training.warmup", key):
-        view.wrong(key, "warmup says how long the warm-up is, too", "remove one of the two")
+        view.wrong(
+            key, "warmup says how long the warm-up is, too", "remove one of the two, or write warmup_tokens: null"
+        )
     elif steps is not None and -(-tokens // batch) >= steps:
         what = f"warm-up takes {-(-tokens // batch)} steps of {batch} tokens, training stops after {steps}"
         view.wrong(key, what, "write fewer tokens")

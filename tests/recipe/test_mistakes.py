@@ -444,7 +444,8 @@ COMBINATIONS = {
             training="{objective: pretrain, global_batch: 4096, max_steps: 9, warmup: 3, warmup_tokens: 10000}",
         ),
         [
-            "r.yaml:5:78: training.warmup_tokens: warmup says how long the warm-up is, too — remove one of the two",
+            "r.yaml:5:78: training.warmup_tokens: warmup says how long the warm-up is, too"
+            " — remove one of the two, or write warmup_tokens: null",
         ],
     ),
     "warm-up in tokens longer than the run": (

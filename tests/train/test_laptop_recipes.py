@@ -62,7 +62,8 @@ def test_two_steps(small_base, tmp_path, name):
         Path(tmp_path, "worth.py").write_text("def worth(prompt, answer, reference):\n    return len(answer)\n")
         changes.append(f"rewards=[{{function: '{tmp_path / 'worth.py'}:worth'}}]")
     if recipe.training.objective == "pretrain":  # its batch counts tokens, in packs of max_length
-        changes += ["sequence.max_length=128", "training.global_batch=256", "training.warmup=0"]
+        warmup = "training.warmup=0" if recipe.training.warmup_tokens is None else "training.warmup_tokens=512"
+        changes += ["sequence.max_length=128", "training.global_batch=512", warmup]
         changes.append("data.0.limit=4" if recipe.infilling is None else "data.1.limit=8")
     if name != "quickstart":
         changes.append("export.merged=false")

@@ -72,7 +72,7 @@ def test_the_curve_is_that_of_a_plain_loop_over_the_same_packs(tiny_base, tmp_pa
     losses, norms = plain_curve(recipe, run, 6)
     assert lines(run, "loss") == pytest.approx(losses, abs=1e-4)
     assert lines(run, "grad_norm") == pytest.approx(norms, rel=1e-3)
-    assert losses[-1] < losses[0] - 0.5 and min(norms) < 1.0 < max(norms)  # clipped and not clipped
+    assert losses[-1] < losses[0] - 0.5 and max(norms) > 1.0  # it learns, and a gradient is clipped
     assert lines(run, "learning_rate")[:3] == pytest.approx([0, 1.5e-3, 3e-3])  # transformers logs the next step's
     assert lines(run, "tokens")[-1] == sum(sum(step.values()) for step in lines(run, "tokens_by_source"))
 
