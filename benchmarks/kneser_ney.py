@@ -35,11 +35,14 @@ class ByteModel:
 
     def bits(self, documents: Sequence[bytes]) -> float:
         """−log₂ P of all bytes of the documents, each one's ending newline with it."""
-        codes = codes_of(documents, self.order)
+        return float(-np.log2(self.probabilities(codes_of(documents, self.order))).sum())
+
+    def probabilities(self, codes: np.ndarray) -> np.ndarray:
+        """P of the last byte of each code, given the bytes before it."""
         p = np.full(len(codes), 1 / 256)
         for size in range(1, self.order + 1):
             p = self.tables[self.order - size].interpolated(codes & np.uint64((1 << 8 * size) - 1), p)
-        return float(-np.log2(p).sum())
+        return p
 
 
 class _Table:

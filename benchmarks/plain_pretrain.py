@@ -33,7 +33,7 @@ def plain_curve(recipe: Recipe, run: Run, steps: int) -> tuple[list[float], list
 
     run: its base/ has the config. The run's own code is used for its data, its first weights and its learning rate.
     """
-    training, prepared = recipe.training, prepare_data(recipe)
+    training, prepared = recipe.training, prepare_data(recipe, allow=["eval-in-train"])
     config = LlamaConfig.from_pretrained(run.base)
     model = LlamaForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float32)
     model.load_state_dict(build_random(config, training.seed, torch.float32).state_dict())

@@ -2,7 +2,7 @@
 
 Packing by first fit puts the longest documents into the first packs; in each window of documents the packs are
 therefore shuffled, or every window would begin with its books and end with its scraps. All follows from the recipe
-alone, on any number of processes: a resumed run finds its place by counting packs.
+alone, on any number of processes: a resumed run finds its place by counting packs, from the last mark of a stream on.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from llama_ft.data.mixture import ByShare
-from llama_ft.data.stream import DocumentStream
-from llama_ft.errors import UserError
+from llama_ft.data.stream import DocumentStream, no_documents
 
 LEAST = 100
 """Rows of a block of the smallest source: enough to be mixed, few enough where each is a book."""
@@ -25,7 +24,7 @@ Place = list[int]
 class EndlessSource(Iterator[dict[str, Any]]):
     """The documents of source `number` of a stream, pass after pass, `rows` of it in one block.
 
-    Raises :class:`UserError` as the stream does, and for a source that gives nothing.
+    Raises UserError as the stream does, and for a source that gives nothing.
     """
 
     def __init__(self, stream: DocumentStream, number: int, rows: int, place: Place | None = None):
@@ -58,9 +57,7 @@ class EndlessSource(Iterator[dict[str, Any]]):
         block, documents = next(self.blocks, (None, None))
         if block is None or documents is None:
             if not self.seen:
-                hint = "llama-ft preview shows its rows"
-                where = self.stream.sources[self.number].label
-                raise UserError("the stream holds no documents", where=where, hint=hint)
+                raise no_documents(self.stream.sources[self.number])
             self.passed, self.blocks, self.seen = self.passed + 1, self._open(0), False
             return
         self.held, self.block, self.given, self.seen = list(documents), block, 0, True

@@ -88,11 +88,16 @@ class DocumentStream:
             raise UserError(what, where=where, hint=f"accept it with --allow {name}; training goes on with --resume")
 
 
+def no_documents(source: Source) -> UserError:
+    """The error for a source of which a whole pass gives nothing."""
+    hint = "llama-ft preview shows its rows"
+    return UserError("the stream holds no documents", where=source.label, hint=hint)
+
+
 def _some(documents: Iterator[dict[str, Any]], source: Source) -> Iterator[dict[str, Any]]:
     """The documents of a pass; one without any would come again and again."""
     first = next(documents, None)
     if first is None:
-        hint = "llama-ft preview shows its rows"
-        raise UserError("the stream holds no documents", where=source.label, hint=hint)
+        raise no_documents(source)
     yield first
     yield from documents

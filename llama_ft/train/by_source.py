@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from llama_ft.data.render import MASKED
 from llama_ft.recipe.schema import Data, Recipe
+from llama_ft.train.guards import documents_of
 
 Origins = Sequence[tuple[int, ...]]
 
@@ -43,7 +43,8 @@ class BySource:
         if not origins:
             return torch.empty(0, dtype=torch.int64)
         sources = torch.tensor([origin[0] for origin in origins], dtype=torch.int64)
-        sizes = torch.tensor([[int((labels[1:] != MASKED).sum()), len(labels)] for labels in labels_of(batch)])
+        parts = (labels for _, labels in documents_of(batch))
+        sizes = torch.tensor([[int((labels[1:] != MASKED).sum()), len(labels)] for labels in parts])
         self.counts.index_add_(1, sources, sizes.T)
         return sources
 
@@ -65,14 +66,6 @@ class BySource:
         found = zip(self.labels, nats, labelled, strict=True)
         losses = {label: sum_ / count for label, sum_, count in found if count}
         return {"loss": losses, "tokens": {label: int(n) for label, n in zip(self.labels, tokens, strict=True)}}
-
-
-def labels_of(batch: dict[str, Any]) -> list[Tensor]:
-    """The labels of each document of a micro-batch, packed or padded, as they lie in it."""
-    labels = batch["labels"].cpu()
-    if "cu_seqlens" in batch:
-        return [labels[0, start:end] for start, end in pairwise(batch["cu_seqlens"].tolist())]
-    return [row[:length] for row, length in zip(labels, batch["attention_mask"].sum(-1).tolist(), strict=True)]
 
 
 def names_of(sources: Sequence[Data]) -> list[str]:

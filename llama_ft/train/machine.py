@@ -35,9 +35,9 @@ class Machine(TrainerCallback):
 
     rate: FLOP/s of all processes' devices together (:func:`machine_rate`), or of a step that did more: then others used
     the machine while it was measured. flops: FLOP of a token of the run, given the share of tokens that carry loss.
-    utilised: FLOP of a token that the model needs, nothing computed twice, where `mfu` is wanted too: as a share of
-    `peak`, the cards' by their vendor (FLOP/s of all processes), or of `rate` where there is none (PaLM's MFU,
-    arXiv 2204.02311, appendix B).
+    utilised: FLOP of a token with no layer computed twice, where `mfu` is wanted too: as a share of
+    `peak`, the cards' by their vendor (FLOP/s of all processes), or of `rate` where there is none. As PaLM's MFU
+    (arXiv 2204.02311, appendix B), but for attention, of which the causal half is counted, its scores made twice.
     """
 
     def __init__(
