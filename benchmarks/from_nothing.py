@@ -6,8 +6,9 @@ DIR holds `text/wikitext2_valid.txt`, whose last tenth (whole articles, a docume
 (tinyshakespeare.txt, c4_demo.jsonl); the documentation of the Python that runs comes beside them. Every step is the
 command a user types: `llama-ft tokenizer train`, `llama-ft train pretrain/from-nothing`. The mark is a Kneser-Ney model
 of five bytes (benchmarks.kneser_ney) of the same training documents, and of those of wikitext alone: the network must
-need fewer bits per byte of the held-out lines than the better of the two. Headings come again in other articles, for both. `--plain N` trains the first N steps again
-with transformers' own LLaMA, eager, in a plain loop, and compares the curve. FOLDER/from-nothing.md and .json.
+need fewer bits per byte of the held-out lines than the better of the two. Headings come again in other articles, for
+both. `--plain N` trains the first N steps again with transformers' own LLaMA, eager, in a plain loop, and compares the
+curve. FOLDER/from-nothing.md and .json.
 """
 
 from __future__ import annotations
