@@ -70,7 +70,7 @@ def overlap_indexes(benchmarks: list[Source], held_out: list[Source], *, deconta
     problems = Problems()
     indexes = []
     for kind, sources in (("benchmark", benchmarks), ("eval", held_out)):
-        index = OverlapIndex(0.0 if decontaminate or kind == "benchmark" else NEARLY_WHOLE)
+        index = OverlapIndex(0.0 if decontaminate or kind == "benchmark" else NEARLY_WHOLE, whole=kind == "eval")
         for source in sources:
             for row, said in _said(source, problems, asked=kind == "benchmark"):
                 index.add(said, json.dumps(astuple(Leak(kind, source.where(row)))))

@@ -8,7 +8,8 @@ white space, so a function that was indented anew or copied into a longer answer
 Half of a short text is a single run, and that is often a phrase that many tasks begin with ("write a function to find
 the length of the longest …"). A text of fewer than 32 words therefore overlaps only when more than 0.8 of it is
 covered, and one of fewer than 8 words, which has no run, when the row holds all of it in one piece. docs/mixing.md has
-the counts on which this rests.
+the counts on which this rests. A held-out row so short, a heading of one word, say, is in every other row: it overlaps
+a row that says nothing else.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ Gram = tuple[str, ...]
 class OverlapIndex:
     """Test texts by name; says which of them a training row holds. Small enough to be sent to workers."""
 
-    def __init__(self, least: float = 0.0) -> None:
+    def __init__(self, least: float = 0.0, *, whole: bool = False) -> None:
         """`least`: a share of a test text that must be covered in any case, for finding near copies alone.
 
-        With it, texts shorter than a gram are left out: other rows hold them by chance.
+        With it, texts shorter than a gram are left out: other rows hold them by chance. `whole`: a text shorter
+        than a gram is found in a row that has no other words, and in no longer one.
         """
         self._least = least
+        self._whole = whole
         self._names: list[str] = []
         self._sizes: list[int] = []
         # Which test texts hold a gram, and at which word it begins there.
@@ -86,6 +89,8 @@ class OverlapIndex:
         return max(self._least, SHORT_SHARE if self._sizes[number] < SHORT else SHARE)
 
     def _short_in(self, words: list[str]) -> set[int]:
+        if self._whole:
+            return {number for number, wanted in self._short.get(words[0] if words else "", ()) if wanted == tuple(words)}
         found = set()
         for first in self._short.keys() & set(words):
             for at in (at for at, word in enumerate(words) if word == first):

@@ -99,6 +99,18 @@ def test_what_is_evaluated_is_taken_out_of_training(tmp_path: Path, make_recipe:
     assert prepared.train["row"][:] == [2, 3, 4]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_held_out_heading_takes_no_text_with_it(tmp_path: Path, make_recipe: Make, streaming: bool) -> None:
+    said = ["= Reception =", "Its reception was cold, wrote the critics.", "Reception rooms were shut.", "= Legacy ="]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": one} for one in said])
+    held = {"path": str(write_jsonl(tmp_path / "held.jsonl", [{"text": "= RECEPTION ="}])), "layout": "text"}
+    mixture = {"decontaminate": True, "streaming": streaming}
+    prepared = prepare_data(make_recipe(path, layout="text", eval_data=[held], template="plain", mixture=mixture))
+    assert prepared.report.sources[0].dropped == {"overlaps a held-out row": 1}
+    if not streaming:
+        assert prepared.train["row"][:] == [1, 2, 3]
+
+
 def test_padding_is_told_and_grouping_lowers_it(tmp_path: Path, make_recipe: Make) -> None:
     rows = [chat(f"q{i}", "word " * (1 + 7 * (i % 12))) for i in range(240)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

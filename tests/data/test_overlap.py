@@ -116,6 +116,16 @@ def test_a_text_of_fewer_than_eight_words_must_stand_in_one_piece():
     assert index.find("Othello") is None
 
 
+def test_a_held_out_heading_takes_out_headings_alone():
+    index = OverlapIndex(whole=True)
+    for name, text in {"heading": " = = Reception = = ", "rules": " – ", "long": " ".join(map(str, range(8)))}.items():
+        index.add(text, name)
+    assert index.find("= Reception =") == ("heading", 1.0)
+    for row in ("Its reception was cold.", "Reception and legacy", "Rec", "", "–", "Reception reception"):
+        assert index.find(row) is None, row
+    assert index.find("all of 0 1 2 3 4 5 6 7 at once") == ("long", 1.0)  # long enough to be found inside others
+
+
 def test_the_largest_share_is_named_and_the_first_of_equals():
     text = " ".join(f"w{i}" for i in range(40))
     index = index_of({"part": text + " " + " ".join(f"v{i}" for i in range(20)), "a": text, "b": text, "none": "…"})
