@@ -90,7 +90,8 @@ class OverlapIndex:
 
     def _short_in(self, words: list[str]) -> set[int]:
         if self._whole:
-            return {number for number, wanted in self._short.get(words[0] if words else "", ()) if wanted == tuple(words)}
+            alike = self._short.get(words[0], []) if words else []
+            return {number for number, wanted in alike if wanted == tuple(words)}
         found = set()
         for first in self._short.keys() & set(words):
             for at in (at for at, word in enumerate(words) if word == first):
