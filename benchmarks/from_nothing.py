@@ -157,6 +157,7 @@ def samples(run: Run, words: set[str]) -> tuple[list[str], float]:
     written = []
     for prompt in PROMPTS:
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        # Most lines of wikitext are short: the end is put off, or there would be little to read.
         out = model.generate(ids, do_sample=True, temperature=0.7, top_k=50, min_new_tokens=60, max_new_tokens=60)
         written.append(tokenizer.decode(out[0], skip_special_tokens=True))
     said = [word for text, prompt in zip(written, PROMPTS, strict=True) for word in text[len(prompt) :].split()]
